@@ -1,0 +1,1 @@
+"""C-JEPA (I-JEPA + VICReg) pre-training of Vision Transformers in JAX."""

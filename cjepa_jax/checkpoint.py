@@ -1,0 +1,109 @@
+"""Checkpoints: {state, data iterator, config, fingerprint}, written by Orbax in the background."""
+
+import json
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from cjepa_jax.config import Checkpoint, UserError, differences, require
+
+
+class Checkpointer:
+    """The checkpoints of one workdir.
+
+    `meta` is {"config": flat config, "fingerprint": of the training images};
+    only a workdir with the same may be continued.
+    """
+
+    def __init__(self, workdir: epath.Path, checkpoint: Checkpoint, meta: dict[str, Any]):
+        """Raises UserError where the workdir holds another experiment; touches nothing then."""
+        self._directory = workdir / "checkpoints"
+        self._meta = meta
+        check_workdir(workdir, meta)
+        options = ocp.CheckpointManagerOptions(
+            save_interval_steps=checkpoint.every,
+            max_to_keep=checkpoint.keep_last,
+            keep_period=checkpoint.keep_every or None,
+            enable_async_checkpointing=True,
+        )
+        self._manager = ocp.CheckpointManager(self._directory.resolve(), options=options)
+
+    def restore(self, abstract_state: Any) -> tuple[Any, dict[str, Any]] | None:
+        """The newest (state, state of the data iterator), or None where there is none yet.
+
+        Abstract_state: shapes, dtypes and shardings to restore to. Raises
+        UserError where the checkpoint cannot be read.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore()
+        )
+        try:
+            restored = self._manager.restore(step, args=args)
+        except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"checkpoint {self._directory / str(step)} cannot be read; move it away to go on from the one before "
+                f"it ({reason})"
+            ) from error
+        require(
+            restored.meta["fingerprint"] == self._meta["fingerprint"],
+            f"checkpoint {self._directory / str(step)} was trained on other images "
+            f"({restored.meta['fingerprint']}) than data now gives ({self._meta['fingerprint']}); use another workdir",
+        )
+        return restored.state, restored.data
+
+    def save(self, step: int, state: Any, data: dict[str, Any], *, force: bool = False) -> None:
+        """Saves if `step` is due or forced; returns while the writing goes on."""
+        if step == self._manager.latest_step():
+            return
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data), meta=ocp.args.JsonSave(self._meta)
+        )
+        self._manager.save(step, args=args, force=force)
+
+    def due(self, step: int) -> bool:
+        """Whether `save` would write at this step."""
+        return self._manager.should_save(step)
+
+    def close(self) -> None:
+        """Waits until everything is on disk."""
+        self._manager.close()
+
+
+def check_workdir(workdir: epath.Path, meta: dict[str, Any]) -> None:
+    """Raises UserError where `workdir` cannot be used for this experiment."""
+    require(
+        str(workdir).startswith("gs://") or workdir.resolve().parent.is_dir(),
+        f"--workdir {workdir}: {workdir.parent} does not exist; make it first, or mend the path",
+    )
+    require(not workdir.exists() or workdir.is_dir(), f"--workdir {workdir} is a file")
+    saved = workdir / "config.json"
+    if not saved.exists():
+        require(
+            not (workdir / "checkpoints").exists(),
+            f"--workdir {workdir} has checkpoints but no config.json; use another",
+        )
+        return
+    try:
+        old = json.loads(saved.read_text())
+    except ValueError as error:
+        raise UserError(f"{saved} is damaged ({error}); restore it or use another --workdir") from None
+    changed = differences(old, meta["config"])
+    require(
+        not changed,
+        f"--workdir {workdir} holds another experiment; use another --workdir, or undo: {'; '.join(changed)}",
+    )
+
+
+def write_config(workdir: epath.Path, config: dict[str, Any]) -> None:
+    """Makes the workdir and writes the flat config into it, from process 0."""
+    if jax.process_index() == 0:
+        workdir.mkdir(exist_ok=True)
+        new = workdir / "config.json.new"
+        new.write_text(json.dumps(config, indent=1) + "\n")
+        new.replace(workdir / "config.json")

@@ -1,0 +1,1 @@
+"""Images from where they are stored to uint8 batches."""

@@ -1,0 +1,138 @@
+"""Multi-block masks, sampled on the device with static lengths.
+
+Shapes: B images, M target blocks, N = grid * grid patches in raster order,
+K_c context tokens (`mask.context_tokens`), K_t target tokens (the largest
+block that the settings can give).
+"""
+
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cjepa_jax.config import Mask, require
+
+# Placements drawn for each image; the first that leaves min_keep context patches
+# is taken, or else the one that leaves most. On 14x14 the first always does.
+ATTEMPTS = 8
+
+
+class Masks(NamedTuple):
+    """Indices into the N patches; where `valid` is False the index is padding and must have no influence."""
+
+    context_idx: jax.Array  # [B, K_c] int32
+    context_valid: jax.Array  # [B, K_c] bool
+    target_idx: jax.Array  # [B, M, K_t] int32
+    target_valid: jax.Array  # [B, M, K_t] bool
+
+
+def sample_masks(rng: jax.Array, mask: Mask, *, grid: int, batch: int) -> Masks:
+    """Target blocks of `batch` images, and as context the context block minus all target blocks.
+
+    Source: for `corrected` section 3 of I-JEPA (arXiv 2301.08243), for
+    `released` its released code, whose sizes belong to the step: one number
+    sets scale and aspect ratio of every target block, a second one the scale
+    of every context block.
+    """
+    length = target_tokens(mask, grid)
+    rng_target, rng_context, rng_place, rng_keep = jax.random.split(rng, 4)
+    target_size = _sample_size(rng_target, mask, grid, mask.target_scale, mask.target_aspect, (batch, mask.targets))
+    context_size = _sample_size(rng_context, mask, grid, mask.context_scale, (1.0, 1.0), (batch,))
+
+    def place(rng):
+        rng_target, rng_context = jax.random.split(rng)
+        corner = _sample_corner(rng_target, mask, grid, target_size)
+        context = _inside(_sample_corner(rng_context, mask, grid, context_size), context_size, grid)
+        return corner, context & ~_inside(corner, target_size, grid).any(axis=1)
+
+    corners, contexts = jax.vmap(place)(jax.random.split(rng_place, ATTEMPTS))  # [A, B, M, 2], [A, B, N]
+    kept = contexts.sum(axis=-1)
+    turn = jnp.arange(ATTEMPTS)[:, None]
+    choice = jnp.where(kept >= mask.min_keep, grid * grid + ATTEMPTS - turn, kept).argmax(axis=0)
+    images = jnp.arange(batch)
+    corner, context = corners[choice, images], contexts[choice, images]
+
+    target_idx, target_valid = _patches_of(corner, target_size, grid, length)
+    if mask.keep == "random":
+        rank = jax.random.uniform(rng_keep, context.shape)
+    else:  # raster: the first ones stay, so it is the bottom of the image that is lost
+        rank = jnp.broadcast_to(1.0 - jnp.arange(grid * grid) / (grid * grid), context.shape)
+    score, context_idx = jax.lax.top_k(jnp.where(context, rank, -1.0), mask.context_tokens)
+    context_valid = score >= 0
+    return Masks(jnp.where(context_valid, context_idx, 0), context_valid, target_idx, target_valid)
+
+
+def target_tokens(mask: Mask, grid: int) -> int:
+    """K_t: the patches of the largest block that the settings can give on grid x grid patches.
+
+    Raises UserError where that grid cannot give the blocks or the context that
+    the settings ask for.
+    """
+    limit = _longest_side(mask, grid)
+    require(limit >= 2, f"a grid of {grid}x{grid} patches is too small for masking: use smaller model.patch_size")
+    r = np.linspace(0, 1, 100_001)
+    counts = r if mask.recipe == "released" else np.linspace(0, 1, grid * grid)[:, None]
+    height, width = _size(mask, grid, _between(mask.target_scale, counts), _between(mask.target_aspect, r), np)
+    require(
+        min(height.min(), width.min()) >= 1,
+        f"mask.target_scale = {mask.target_scale} gives empty blocks on {grid}x{grid} patches: raise its start",
+    )
+    side, _ = _size(mask, grid, np.array(mask.context_scale), np.ones(2), np)
+    require(
+        mask.context_tokens <= side[1] ** 2,
+        f"mask.context_tokens = {mask.context_tokens} is more than the largest context block on {grid}x{grid} "
+        f"patches holds: {side[1] ** 2}",
+    )
+    return int((height * width).max())
+
+
+def _between(interval: tuple[float, float], r: Any) -> Any:
+    return interval[0] + r * (interval[1] - interval[0])
+
+
+def _longest_side(mask: Mask, grid: int) -> int:
+    """The released code cuts blocks to grid - 1."""
+    return grid - 1 if mask.recipe == "released" else grid
+
+
+def _size(mask: Mask, grid: int, scale: Any, aspect: Any, xp: ModuleType) -> tuple[Any, Any]:
+    """Share of the patches and aspect ratio -> height and width in patches."""
+    patches = xp.floor(grid * grid * scale)
+    height, width = xp.round(xp.sqrt(patches * aspect)), xp.round(xp.sqrt(patches / aspect))
+    limit = _longest_side(mask, grid)
+    return xp.minimum(height, limit).astype(np.int32), xp.minimum(width, limit).astype(np.int32)
+
+
+def _sample_size(rng, mask, grid, scale, aspect, shape) -> jax.Array:
+    """Block sizes [*shape, 2]: height and width in patches."""
+    rng_scale, rng_aspect = jax.random.split(rng)
+    if mask.recipe == "released":
+        scale_r = aspect_r = jnp.broadcast_to(jax.random.uniform(rng_scale), shape)
+    else:
+        scale_r, aspect_r = jax.random.uniform(rng_scale, shape), jax.random.uniform(rng_aspect, shape)
+    return jnp.stack(_size(mask, grid, _between(scale, scale_r), _between(aspect, aspect_r), jnp), axis=-1)
+
+
+def _sample_corner(rng, mask, grid, size) -> jax.Array:
+    """Top-left corners [..., 2] of blocks of size [..., 2], uniform."""
+    # The released code excludes the end, so the last row and column are never reached.
+    stop = grid - size + (0 if mask.recipe == "released" else 1)
+    draw = jnp.floor(jax.random.uniform(rng, size.shape) * stop.astype(jnp.float32)).astype(jnp.int32)
+    return jnp.minimum(draw, stop - 1)  # the product may round up to stop
+
+
+def _inside(corner: jax.Array, size: jax.Array, grid: int) -> jax.Array:
+    """Blocks [..., 2] -> whether each patch lies inside, [..., N] bool."""
+    patch = jnp.stack(jnp.divmod(jnp.arange(grid * grid), grid), axis=-1)  # [N, 2]: row and column
+    corner, size = corner[..., None, :], size[..., None, :]
+    return ((patch >= corner) & (patch < corner + size)).all(axis=-1)
+
+
+def _patches_of(corner: jax.Array, size: jax.Array, grid: int, length: int) -> tuple[jax.Array, jax.Array]:
+    """Blocks [..., 2] -> their patches in raster order, padded with 0, and validity, both [..., length]."""
+    (top, left), (height, width) = (jnp.split(x, 2, axis=-1) for x in (corner, size))
+    row, column = jnp.divmod(jnp.arange(length), width)
+    valid = row < height
+    return jnp.where(valid, (top + row) * grid + left + column, 0), valid

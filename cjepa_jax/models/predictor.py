@@ -1,0 +1,76 @@
+"""Predictor: a narrow ViT from context features to the features of hidden blocks.
+
+Shapes: B images, M target blocks, K_c context and K_t target tokens, D encoder
+width, P predictor width.
+"""
+
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange, repeat
+
+from cjepa_jax.config import Model, require
+from cjepa_jax.config import Predictor as Config
+from cjepa_jax.masking import Masks
+from cjepa_jax.models.vit import LAYER_NORM_EPS, Block, kernel_init, parse_size, sincos_positions
+
+
+class Predictor(nn.Module):
+    """Each target block is predicted by itself, in a sequence [context, block] of K_c + K_t tokens."""
+
+    width: int
+    depth: int
+    heads: int
+    features: int
+    grid: int
+    init_scheme: Literal["normal", "fan_in"]
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, context: jax.Array, masks: Masks) -> jax.Array:
+        """Context features [B, K_c, D] -> predicted features [B, M, K_t, D] float32."""
+        _, blocks, length = masks.target_idx.shape
+
+        def dense(features, name):
+            return nn.Dense(features, dtype=self.dtype, kernel_init=kernel_init(self.init_scheme), name=name)
+
+        positions = jnp.asarray(sincos_positions(self.width, self.grid)).astype(self.dtype)
+        mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width))
+        x = dense(self.width, "embed")(context) + positions[masks.context_idx]
+        x = repeat(x, "b k p -> (b m) k p", m=blocks)
+        targets = mask_token.astype(self.dtype) + positions[rearrange(masks.target_idx, "b m k -> (b m) k")]
+        valid = jnp.concatenate(
+            [
+                repeat(masks.context_valid, "b k -> (b m) k", m=blocks),
+                rearrange(masks.target_valid, "b m k -> (b m) k"),
+            ],
+            axis=1,
+        )
+        x = jnp.concatenate([x, targets], axis=1)
+        for i in range(self.depth):
+            x = Block(self.heads, 4, self.init_scheme, self.dtype, name=f"block{i:02}")(x, valid)
+        x = nn.LayerNorm(LAYER_NORM_EPS, dtype=self.dtype, use_fast_variance=False, name="norm")(x[:, -length:])
+        return rearrange(dense(self.features, "head")(x), "(b m) k d -> b m k d", m=blocks).astype(jnp.float32)
+
+
+def build_predictor(predictor: Config, model: Model, *, grid: int) -> Predictor:
+    """The predictor that a config describes, with the encoder's heads.
+
+    Raises UserError for a width that the heads or the positions do not divide.
+    """
+    size = parse_size(model.size)
+    require(
+        predictor.width % size.heads == 0 and predictor.width % 4 == 0,
+        f"predictor.width = {predictor.width} must be a multiple of 4 and of the encoder's {size.heads} heads",
+    )
+    return Predictor(
+        width=predictor.width,
+        depth=predictor.depth,
+        heads=size.heads,
+        features=size.width,
+        grid=grid,
+        init_scheme=model.init,
+        dtype=jnp.dtype(model.dtype),
+    )

@@ -1,0 +1,158 @@
+"""Vision Transformer encoder: pre-norm, no class token, fixed sin-cos positions.
+
+Shapes: B images or sequences, N patches in raster order, K kept patches,
+D width, F = patch_size^2 * channels values of a patch.
+"""
+
+from typing import Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+from cjepa_jax.config import Model, UserError, nearest, require
+
+LAYER_NORM_EPS = 1e-6
+
+
+class Size(NamedTuple):
+    """A row of the size table."""
+
+    width: int
+    depth: int
+    heads: int
+    mlp_ratio: float
+
+
+SIZES = {
+    "Ti": Size(192, 12, 3, 4),
+    "S": Size(384, 12, 6, 4),
+    "B": Size(768, 12, 12, 4),
+    "L": Size(1024, 24, 16, 4),
+    "H": Size(1280, 32, 16, 4),
+    "g": Size(1408, 40, 16, 48 / 11),
+}
+
+
+def parse_size(size: str) -> Size:
+    """A name of the table, or "WIDTHxDEPTHxHEADS[xMLP_RATIO]".
+
+    Raises UserError for anything else, and for a width that the heads or the
+    position embedding do not divide.
+    """
+    if size in SIZES:
+        return SIZES[size]
+    try:
+        width, depth, heads, *ratio = size.split("x")
+        parsed = Size(int(width), int(depth), int(heads), *map(float, ratio or ["4"]))
+    except (ValueError, TypeError):
+        raise UserError(
+            f"model.size = {size!r} is neither WIDTHxDEPTHxHEADS nor a known name: {nearest(size, SIZES)}"
+        ) from None
+    require(min(parsed) > 0, f"model.size = {size!r}: every number must be positive")
+    require(parsed.width % 4 == 0, f"model.size = {size!r}: the width must be a multiple of 4 (2-D sin-cos positions)")
+    require(parsed.width % parsed.heads == 0, f"model.size = {size!r}: the heads must divide the width")
+    return parsed
+
+
+def kernel_init(init: Literal["normal", "fan_in"]) -> nn.initializers.Initializer:
+    """Normal with std 0.02 (I-JEPA's cut at +-2 is 100 deviations away), or 0.02 * sqrt(768 / fan_in).
+
+    The second equals the first at B's width; at small widths the first lets the
+    position embedding drown the content.
+    """
+    if init == "normal":
+        return nn.initializers.normal(0.02)
+    return nn.initializers.variance_scaling(0.02**2 * 768, "fan_in", "normal")
+
+
+def sincos_positions(width: int, grid: int) -> np.ndarray:
+    """[N, width] float32: the first half of the channels encodes the column, the second the row.
+
+    Each half is [sin, cos] of position / 10000^(i / (width / 4)), i < width / 4.
+    """
+    omega = 10_000.0 ** -(np.arange(width // 4) / (width / 4))
+    row, column = np.divmod(np.arange(grid * grid), grid)
+    halves = [f(position[:, None] * omega) for position in (column, row) for f in (np.sin, np.cos)]
+    return np.concatenate(halves, axis=1).astype(np.float32)
+
+
+def patchify(images: jax.Array, patch_size: int) -> jax.Array:
+    """[B, H, W, C] -> [B, N, F], values of a patch in (row, column, channel) order."""
+    return rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=patch_size, q=patch_size)
+
+
+def take(tokens: jax.Array, idx: jax.Array) -> jax.Array:
+    """Tokens [B, N, D] at idx [B, ...] -> [B, ..., D]."""
+    flat = jnp.take_along_axis(tokens, idx.reshape(idx.shape[0], -1, 1), axis=1)
+    return flat.reshape(*idx.shape, tokens.shape[-1])
+
+
+def masked_mean(tokens: jax.Array, valid: jax.Array) -> jax.Array:
+    """Mean of tokens [..., K, D] over the K that are valid [..., K] -> [..., D]."""
+    weight = valid[..., None].astype(tokens.dtype)
+    return (tokens * weight).sum(axis=-2) / weight.sum(axis=-2)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP with residuals."""
+
+    heads: int
+    mlp_ratio: float
+    init_scheme: Literal["normal", "fan_in"]
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, valid: jax.Array | None = None) -> jax.Array:
+        """x [B, K, D] -> [B, K, D]; tokens that are not valid [B, K] are not attended to."""
+        width = x.shape[-1]
+
+        def dense(features, name):
+            return nn.Dense(features, dtype=self.dtype, kernel_init=kernel_init(self.init_scheme), name=name)
+
+        y = nn.LayerNorm(LAYER_NORM_EPS, dtype=self.dtype, use_fast_variance=False, name="norm1")(x)
+        qkv = rearrange(dense(3 * width, "qkv")(y), "b k (three h d) -> three b k h d", three=3, h=self.heads)
+        mask = None if valid is None else valid[:, None, None, :]
+        q, k, v = qkv
+        y = jax.nn.dot_product_attention(q, k, v, mask=mask)  # softmax in float32
+        x = x + dense(width, "proj")(rearrange(y, "b k h d -> b k (h d)"))
+
+        y = nn.LayerNorm(LAYER_NORM_EPS, dtype=self.dtype, use_fast_variance=False, name="norm2")(x)
+        y = nn.gelu(dense(round(width * self.mlp_ratio), "fc1")(y), approximate=False)
+        return x + dense(width, "fc2")(y)
+
+
+class Encoder(nn.Module):
+    """Patches to features."""
+
+    size: Size
+    grid: int
+    init_scheme: Literal["normal", "fan_in"]
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, patches: jax.Array, idx: jax.Array | None = None, valid: jax.Array | None = None) -> jax.Array:
+        """Patches [B, N, F] -> features [B, N, D] float32.
+
+        With idx [B, K] only these patches are encoded, at their positions,
+        giving [B, K, D]; valid [B, K] marks those that may be attended to.
+        """
+        positions = jnp.asarray(sincos_positions(self.size.width, self.grid))[None]
+        if idx is not None:  # before the embedding: the same values, and nothing to scatter in the backward pass
+            patches = take(patches, idx)
+            positions = take(jnp.broadcast_to(positions, (len(idx), *positions.shape[1:])), idx)
+        x = nn.Dense(self.size.width, dtype=self.dtype, kernel_init=kernel_init(self.init_scheme), name="embed")(
+            patches
+        )
+        x = x + positions.astype(self.dtype)
+        for i in range(self.size.depth):
+            block = Block(self.size.heads, self.size.mlp_ratio, self.init_scheme, self.dtype, name=f"block{i:02}")
+            x = block(x, valid)
+        return nn.LayerNorm(LAYER_NORM_EPS, dtype=jnp.float32, use_fast_variance=False, name="norm")(x)
+
+
+def build_encoder(model: Model, *, grid: int) -> Encoder:
+    """The encoder that a config describes."""
+    return Encoder(parse_size(model.size), grid, model.init, jnp.dtype(model.dtype))

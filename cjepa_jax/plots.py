@@ -1,0 +1,74 @@
+"""Pictures of a run: its curves, and its masks over a few images."""
+
+import io
+from typing import Any
+
+import matplotlib
+import numpy as np
+from etils import epath
+from matplotlib.figure import Figure
+
+from cjepa_jax.masking import Masks
+
+matplotlib.rcParams.update({"font.size": 8, "axes.grid": True, "grid.alpha": 0.3})
+
+_PANELS = {
+    "Loss": ["loss/total", "loss/prediction"],
+    "Regulariser's terms": ["loss/variance", "loss/invariance", "loss/covariance"],
+    "Error of the block mean": ["rep/block_mean_error"],
+    "Std over images": ["rep/std", "rep/cosine"],
+    "Effective rank": ["rep/rank"],
+    "Probes on held-out images": ["eval/knn", "eval/linear"],
+    "Learning rate": ["lr"],
+    "Weight decay": ["weight_decay"],
+    "EMA momentum": ["ema_momentum"],
+}
+
+
+def curves(lines: list[dict[str, Any]], path: epath.Path) -> None:
+    """Every metric of `metrics.jsonl` against the step."""
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(3, 3).flat, _PANELS.items(), strict=True):
+        for name in names:
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            axes.plot(
+                *zip(*points, strict=True) if points else ([], []), marker="." if len(points) < 20 else "", label=name
+            )
+        axes.set_title(title)
+        axes.set_xlabel("step")
+        axes.legend()
+        if title == "Regulariser's terms":
+            axes.set_yscale("log")
+    _save(figure, path)
+
+
+def masks(images: np.ndarray, sampled: Masks, path: epath.Path, *, grid: int) -> None:
+    """For each image [n, H, W, C] uint8: itself, what the context encoder sees, and each target block."""
+    columns = 2 + sampled.target_idx.shape[1]
+    figure = Figure(figsize=(1.5 * columns, 1.6 * len(images)), layout="constrained")
+    for i, row in enumerate(figure.subplots(len(images), columns, squeeze=False)):
+        visible = [np.ones(grid * grid, bool), _members(sampled.context_idx[i], sampled.context_valid[i], grid)]
+        visible += [
+            _members(*block, grid) for block in zip(sampled.target_idx[i], sampled.target_valid[i], strict=True)
+        ]
+        titles = ["image", "context", *(f"target {m + 1}" for m in range(columns - 2))]
+        for axes, members, title in zip(row, visible, titles, strict=True):
+            patch = images.shape[1] // grid
+            shown = np.kron(members.reshape(grid, grid), np.ones((patch, patch)))[..., None]
+            picture = images[i] / 255 * shown + 0.5 * (1 - shown) * np.array([0.35, 0.45, 0.65])
+            axes.imshow(picture)
+            axes.set_axis_off()
+            axes.set_title(f"{title} ({members.sum()})")
+    _save(figure, path)
+
+
+def _members(idx: Any, valid: Any, grid: int) -> np.ndarray:
+    members = np.zeros(grid * grid, bool)
+    members[np.asarray(idx)[np.asarray(valid)]] = True
+    return members
+
+
+def _save(figure: Figure, path: epath.Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120)
+    path.write_bytes(buffer.getvalue())

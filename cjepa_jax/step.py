@@ -1,0 +1,171 @@
+"""One training step of C-JEPA, and the state it maps to the next one.
+
+Shapes: B images of the global batch, N patches, M target blocks, K_c context
+and K_t target tokens, D encoder width.
+"""
+
+import dataclasses
+from functools import cached_property
+from typing import Any, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from einops import rearrange
+from flax import struct
+
+from cjepa_jax import losses, optimizer
+from cjepa_jax.config import Config, require
+from cjepa_jax.masking import Masks, sample_masks, target_tokens
+from cjepa_jax.models.predictor import Predictor, build_predictor
+from cjepa_jax.models.projector import Projector
+from cjepa_jax.models.vit import Encoder, build_encoder, masked_mean, patchify, take
+
+
+class TrainState(struct.PyTreeNode):
+    """All that training changes, arrays only."""
+
+    step: jax.Array  # int32, the number of steps taken
+    params: Any  # {"encoder", "predictor", "projector"}, float32
+    target_params: Any  # the EMA of params["encoder"]
+    opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """The networks and rules that a config describes, for a run of `steps` steps.
+
+    Raises UserError where settings do not fit one another.
+    """
+
+    config: Config
+    steps: int
+
+    def __post_init__(self):
+        size, patch = self.config.data.image_size, self.config.model.patch_size
+        require(size % patch == 0, f"model.patch_size = {patch} does not divide data.image_size = {size}")
+        target_tokens(self.config.mask, self.config.grid)
+        _ = self.encoder, self.predictor
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """For context and target alike."""
+        return build_encoder(self.config.model, grid=self.config.grid)
+
+    @cached_property
+    def predictor(self) -> Predictor:
+        """From context features to target features."""
+        return build_predictor(self.config.predictor, self.config.model, grid=self.config.grid)
+
+    @cached_property
+    def projector(self) -> Projector:
+        """From pooled features to what the regulariser sees."""
+        return Projector(self.config.vicreg.projector)
+
+    @cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        """AdamW with both schedules inside."""
+        return optimizer.adamw(self.config.optim, self.steps)
+
+    def patches(self, images: jax.Array) -> jax.Array:
+        """Images [B, H, W, C] uint8 -> normalised patches [B, N, F] float32."""
+        mean, std = (jnp.asarray(x, jnp.float32) for x in (self.config.data.mean, self.config.data.std))
+        return patchify((images.astype(jnp.float32) / 255 - mean) / std, self.config.model.patch_size)
+
+    def features(self, encoder_params: Any, images: jax.Array) -> jax.Array:
+        """Images [B, H, W, C] uint8 -> mean over the patches of the encoder's output, [B, D]."""
+        return _apply(self.encoder, encoder_params, self.patches(images)).mean(axis=1)
+
+
+def init_state(rng: jax.Array, method: Method) -> TrainState:
+    """The state at step 0; the target encoder starts as a copy of the encoder."""
+    config = method.config
+    rng_encoder, rng_predictor, rng_projector = jax.random.split(rng, 3)
+    values = config.model.patch_size**2 * config.data.channels
+    width = method.encoder.size.width
+    masks = Masks(
+        jnp.zeros((1, 1), jnp.int32),
+        jnp.ones((1, 1), bool),
+        jnp.zeros((1, config.mask.targets, 1), jnp.int32),
+        jnp.ones((1, config.mask.targets, 1), bool),
+    )
+    encoder = method.encoder.init(rng_encoder, jnp.zeros((1, config.grid**2, values)))["params"]
+    params = {
+        "encoder": encoder,
+        "predictor": method.predictor.init(rng_predictor, jnp.zeros((1, 1, width)), masks)["params"],
+        "projector": method.projector.init(rng_projector, jnp.zeros((2, width))).get("params", {}),
+    }
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        target_params=jax.tree.map(jnp.copy, encoder),
+        opt_state=method.optimizer.init(params),
+    )
+
+
+def _apply(module: nn.Module, params: Any, *inputs: Any) -> jax.Array:
+    return cast(jax.Array, module.apply({"params": params}, *inputs))
+
+
+def loss_fn(
+    params: Any, target_params: Any, patches: jax.Array, masks: Masks, method: Method
+) -> tuple[jax.Array, tuple[dict[str, jax.Array], jax.Array]]:
+    """The total loss of a batch of patches [B, N, F], with (its parts, pooled target features [B, D])."""
+    vicreg = method.config.vicreg
+    full_target = jax.lax.stop_gradient(losses.target_norm(_apply(method.encoder, target_params, patches)))
+    target = take(full_target, masks.target_idx)
+
+    context = _apply(method.encoder, params["encoder"], patches, masks.context_idx, masks.context_valid)
+    prediction = _apply(method.predictor, params["predictor"], context, masks)
+    prediction_loss = losses.prediction_loss(prediction, target, masks.target_valid, method.config.loss)
+
+    block_means = masked_mean(prediction, masks.target_valid)  # [B, M, D]
+    target_means = masked_mean(target, masks.target_valid)
+    if vicreg.views == "target_blocks":
+        z = _apply(method.projector, params["projector"], rearrange(block_means, "b m d -> m b d"))
+        terms = losses.target_blocks(z, vicreg)
+    else:
+        seen = rearrange(masks.target_valid, "b m k -> b (m k)")
+        target_mean = masked_mean(rearrange(target, "b m k d -> b (m k) d"), seen)
+        views = jnp.stack([masked_mean(context, masks.context_valid), target_mean])
+        z = _apply(method.projector, params["projector"], views)
+        terms = losses.context_target(z[0], z[1], vicreg)
+
+    total = prediction_loss + losses.weighted(terms, vicreg)
+    parts = {
+        "loss/total": total,
+        "loss/prediction": prediction_loss,
+        "loss/variance": terms.variance,
+        "loss/invariance": terms.invariance,
+        "loss/covariance": terms.covariance,
+        "rep/block_mean_error": jnp.square(block_means - target_means).mean(),
+    }
+    return total, (parts, full_target.mean(axis=1))
+
+
+def train_step(
+    state: TrainState, images: jax.Array, rng: jax.Array, *, method: Method
+) -> tuple[TrainState, dict[str, jax.Array], jax.Array]:
+    """State and images [B, H, W, C] uint8 -> next state, scalar metrics, pooled target features [B, D].
+
+    `rng` is the constant root of the run; the masks of a step depend on it and
+    on the step alone.
+    """
+    config = method.config
+    masks = sample_masks(jax.random.fold_in(rng, state.step), config.mask, grid=config.grid, batch=len(images))
+    grads, (metrics, features) = jax.grad(loss_fn, has_aux=True)(
+        state.params, state.target_params, method.patches(images), masks, method
+    )
+    with jax.numpy_dtype_promotion("standard"):  # optax multiplies floats with its integer step count
+        updates, opt_state = method.optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        step_size = optimizer.ema_step_size(config.ema, method.steps)(state.step)
+        target_params = optax.incremental_update(params["encoder"], state.target_params, step_size)
+        metrics |= {
+            "lr": optimizer.learning_rate(config.optim, method.steps)(state.step),
+            "weight_decay": optimizer.weight_decay(config.optim, method.steps)(state.step),
+            "ema_momentum": 1 - step_size,
+            "grad_norm": optax.global_norm(grads),
+        }
+    return TrainState(state.step + 1, params, target_params, opt_state), metrics, features

@@ -1,0 +1,212 @@
+"""Pre-training, from top to bottom: checks, data, mesh, state, steps, metrics, checkpoints, probes."""
+
+import functools
+import json
+import math
+import signal
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from cjepa_jax import checkpoint, metrics, plots, sharding
+from cjepa_jax import config as config_lib
+from cjepa_jax.config import Config, require
+from cjepa_jax.data import pipeline, sources
+from cjepa_jax.diagnostics import diagnose
+from cjepa_jax.evaluate import probe
+from cjepa_jax.masking import sample_masks
+from cjepa_jax.step import Method, TrainState, init_state, train_step
+
+
+class DivergedError(RuntimeError):
+    """The loss is no longer a number."""
+
+
+def train(config: Config, workdir: epath.Path) -> TrainState:
+    """Trains to the end, or from where the workdir stands, or until SIGTERM or Ctrl-C; returns the last state.
+
+    Raises UserError for settings that do not fit the data, the devices or the
+    workdir, before anything is compiled or written; DivergedError when the loss is not
+    finite, whereupon the checkpoints are those from before.
+    """
+    data = config.data
+    train_source = sources.load(data, data.train_split)
+    steps = round(config.optim.epochs * len(train_source) / data.batch_size)
+    require(steps >= 1, f"optim.epochs = {config.optim.epochs} of {len(train_source)} images are less than one batch")
+    method = Method(config, steps)
+    meta: dict[str, Any] = {"config": config_lib.flatten(config), "fingerprint": train_source.fingerprint}
+    checkpoint.check_workdir(workdir, meta)
+    probes = Probes(method) if config.eval.every else None
+    sharding.check_batch(data.batch_size)
+
+    if config.model.dtype == "float32":  # else TPUs and GPUs round the operands of float32 products
+        jax.config.update("jax_default_matmul_precision", "highest")
+    mesh = sharding.make_mesh()
+    whole, split = sharding.replicated(mesh), sharding.batch(mesh)
+    rng_init, rng_step = jax.device_put(jax.random.split(jax.random.key(config.seed)), whole)
+    init = jax.jit(functools.partial(init_state, method=method), out_shardings=whole)
+    take_step = jax.jit(
+        functools.partial(train_step, method=method),
+        in_shardings=(whole, split, whole),
+        out_shardings=(whole, whole, split),
+        donate_argnums=0,
+    )
+
+    batches = pipeline.train_batches(
+        train_source, data, seed=config.seed, process=jax.process_index(), processes=jax.process_count()
+    )
+    checkpoints = checkpoint.Checkpointer(workdir, config.checkpoint, meta)
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), jax.eval_shape(init, rng_init)
+    )
+    restored = checkpoints.restore(abstract)
+    state = init(rng_init) if restored is None else restored[0]
+    if restored is not None:
+        batches.set_state(restored[1])
+    start = int(state.step)
+    checkpoint.write_config(workdir, meta["config"])
+    if jax.process_index() == 0:
+        print(_headline(method, len(train_source), state, start), file=sys.stderr, flush=True)
+        _draw_masks(train_source, rng_step, method, workdir)
+
+    log = metrics.Metrics(workdir, start=start, steps=steps, batch_size=data.batch_size)
+    compiled_diagnose = jax.jit(diagnose)
+    pending = None  # metrics are fetched one step late, so that the device never waits for the host
+    with _Stop() as stop:
+        for step in range(start + 1, steps + 1):
+            images = jax.make_array_from_process_local_data(split, next(batches))
+            state, step_metrics, features = take_step(state, images, rng_step)
+            if pending:
+                _write(log, *pending)
+                pending = None
+            log.tick(step)
+            if step % config.log.every == 0 or step == steps:
+                pending = step, step_metrics | compiled_diagnose(features)
+            if checkpoints.due(step) or step == steps or stop.requested:
+                _check_finite(step, step_metrics)
+                checkpoints.save(step, state, batches.get_state(), force=True)
+            if probes and step % config.eval.every == 0 and step < steps:
+                log.write(step, probes.quick(state))
+                log.pause()
+            if stop.requested:
+                break
+    if pending:
+        _write(log, *pending)
+    if probes and int(state.step) == steps:
+        log.write(steps, probes.quick(state))
+    log.close()
+    checkpoints.close()
+    if jax.process_index() == 0:
+        plots.curves(metrics.read(workdir), workdir / "curves.png")
+        if int(state.step) < steps:
+            print(f"stopped and saved at step {int(state.step)}; the same command goes on from there", file=sys.stderr)
+    if probes and int(state.step) == steps:
+        probes.report(state, init(rng_init), workdir)
+    return state
+
+
+class Probes:
+    """kNN and linear probes on the images of both splits, with the target encoder's features."""
+
+    def __init__(self, method: Method):
+        config = method.config
+        self._options = config.eval
+        self._method = method
+        loaded = {
+            split: sources.load(config.data, split) for split in (config.data.train_split, config.data.test_split)
+        }
+        self._splits = {
+            split: pipeline.probe_images(source, config.data, crop_fraction=config.eval.crop_fraction)
+            for split, source in loaded.items()
+        }
+        self._features = jax.jit(method.features)
+
+    def _labelled(self, encoder_params: Any) -> list[probe.Labelled]:
+        """Training and test images as features of an encoder; as pixels where there is none."""
+        sets = []
+        for images, labels in self._splits.values():
+            if encoder_params is None:
+                features = images.reshape(len(images), -1) / 255
+            else:
+                size = self._method.config.data.batch_size
+                chunks = [images[i : i + size] for i in range(0, len(images), size)]
+                padded = [np.concatenate([c, np.zeros((size - len(c), *c.shape[1:]), np.uint8)]) for c in chunks]
+                features = np.concatenate([jax.device_get(self._features(encoder_params, c)) for c in padded])
+            sets.append(probe.Labelled(features[: len(labels)], labels))
+        return sets
+
+    def quick(self, state: TrainState) -> dict[str, float]:
+        """`eval/knn` and `eval/linear` of the state."""
+        train, test = self._labelled(state.target_params)
+        return {
+            "eval/knn": probe.knn(train, test, neighbours=self._options.neighbours),
+            "eval/linear": probe.linear(train, test),
+        }
+
+    def report(self, state: TrainState, untrained: TrainState, workdir: epath.Path) -> None:
+        """The table of trained, untrained and raw pixels: on the screen, and into `evaluation.json`."""
+        encoders = {"trained": state.target_params, "untrained": untrained.target_params, "raw pixels": None}
+        options = {key: getattr(self._options, key) for key in ("neighbours", "shots", "draws")}
+        rows = {name: probe.table(*self._labelled(params), **options) for name, params in encoders.items()}
+        if jax.process_index() != 0:
+            return
+        (workdir / "evaluation.json").write_text(json.dumps(rows, indent=1) + "\n")
+        shots = self._options.shots
+        print(f"\naccuracy on held-out images, %   all labels: kNN  linear   {shots} a class: kNN  linear")
+        for name, row in rows.items():
+            print(
+                f"{name:>30}  {100 * row['knn']:15.1f}  {100 * row['linear']:6.1f}"
+                f"  {100 * row['knn_few']:16.1f}  {100 * row['linear_few']:6.1f}"
+            )
+
+
+class _Stop:
+    """SIGTERM or Ctrl-C asks the loop to save and leave; a second one ends the process at once."""
+
+    requested = False
+
+    def __enter__(self):
+        self._previous = {s: signal.signal(s, self._request) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _request(self, signum, frame):
+        self.requested = True
+        self.__exit__()
+
+    def __exit__(self, *_):
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+
+def _write(log: metrics.Metrics, step: int, values: dict[str, jax.Array]) -> None:
+    log.write(step, {name: float(value) for name, value in jax.device_get(values).items()})
+
+
+def _check_finite(step: int, values: dict[str, jax.Array]) -> None:
+    if not math.isfinite(loss := float(values["loss/total"])):
+        raise DivergedError(
+            f"loss/total is {loss} at step {step}; lower optim.learning_rate or lengthen optim.warmup_epochs"
+        )
+
+
+def _headline(method: Method, images: int, state: TrainState, start: int) -> str:
+    config = method.config
+    parameters = sum(x.size for x in jax.tree.leaves(state.params))
+    device = jax.devices()[0]
+    return (
+        f"{config.model.size}/{config.model.patch_size} on {images} images, {parameters / 1e6:.2f} M parameters, "
+        f"{jax.device_count()} x {device.device_kind}, {method.steps} steps of {config.data.batch_size} images"
+        + (f", going on from step {start}" if start else "")
+    )
+
+
+def _draw_masks(source: sources.Source, rng: jax.Array, method: Method, workdir: epath.Path) -> None:
+    config, count = method.config, min(6, len(source))
+    first = pipeline.probe_images(
+        sources.Source([source.records[i] for i in range(count)], ""), config.data, crop_fraction=1.0
+    )[0]
+    sampled = jax.jit(lambda key: sample_masks(key, config.mask, grid=config.grid, batch=count))(rng)
+    plots.masks(first, jax.device_get(sampled), workdir / "masks.png", grid=config.grid)

@@ -18,7 +18,7 @@ import pathlib
 import re
 import sys
 
-from absl import flags
+from absl import flags, logging
 from etils import epath
 from ml_collections import config_flags
 
@@ -28,27 +28,23 @@ _CONFIG = config_flags.DEFINE_config_file("config", help_string="The experiment,
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where results go; default runs/<name of the config file>.")
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
+def _parse_flags(argv: list[str]) -> None:
     """Flags as absl reads them; a mistake in them is one line."""
     if any(re.fullmatch("--?(help|helpshort)", argument) for argument in argv):
         print(__doc__.strip())
         sys.exit(0)
     try:
         rest = flags.FLAGS(argv)[1:]
-    except (flags.Error, AttributeError, KeyError, OSError) as error:
-        raise UserError(_readable(error)) from None
+    except (AttributeError, KeyError) as error:  # ml_collections' way to say that the config lacks a key
+        reason = str(error).replace("\\n", "\n").replace("\\'", "'").split("\n")[-1].strip("'\"")
+        raise UserError(f"--config has no such setting: {reason}") from None
+    except (flags.Error, OSError) as error:
+        raise UserError(" ".join(str(error).split())) from None
     require(not rest, f"unexpected argument {rest[0] if rest else ''!r}; --help explains the command")
     require(_CONFIG.value is not None, "--config is missing, e.g. --config=configs/digits.py")
-    return argv
 
 
-def _readable(error: Exception) -> str:
-    """ml_collections' and absl's messages without quoting in quotes and line breaks."""
-    return " ".join(re.sub(r"\\(['n])", lambda m: "'" if m[1] == "'" else " ", str(error)).split()).strip("'\" ")
-
-
-def _run(argv: list[str]) -> None:
-    del argv
+def _run() -> None:
     from cjepa_jax import train  # after the flags: importing jax takes seconds
 
     path = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]))
@@ -68,8 +64,9 @@ def _run(argv: list[str]) -> None:
 def main() -> None:
     """Exit code 0; 2 after a mistake that the user can mend; 1 after any other error."""
     try:
+        logging.set_verbosity("error")  # TFDS' and Orbax' chatter
         _parse_flags(sys.argv)
-        _run(sys.argv)
+        _run()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -36,29 +36,30 @@ def sample_masks(rng: jax.Array, mask: Mask, *, grid: int, batch: int) -> Masks:
     sets scale and aspect ratio of every target block, a second one the scale
     of every context block.
     """
-    length = target_tokens(mask, grid)
-    rng_target, rng_context, rng_place, rng_keep = jax.random.split(rng, 4)
-    target_size = _sample_size(rng_target, mask, grid, mask.target_scale, mask.target_aspect, (batch, mask.targets))
-    context_size = _sample_size(rng_context, mask, grid, mask.context_scale, (1.0, 1.0), (batch,))
+    length, patches = target_tokens(mask, grid), grid * grid
+    rng_size, rng_corner, rng_keep = jax.random.split(rng, 3)
+    per_image = mask.recipe == "corrected"
+    size = _size(rng_size, mask, grid, (batch if per_image else 1, mask.targets))
+    size = jnp.broadcast_to(size, (batch, *size.shape[1:]))  # [B, M + 1, 2], the context block last
 
-    def place(rng):
-        rng_target, rng_context = jax.random.split(rng)
-        corner = _sample_corner(rng_target, mask, grid, target_size)
-        context = _inside(_sample_corner(rng_context, mask, grid, context_size), context_size, grid)
-        return corner, context & ~_inside(corner, target_size, grid).any(axis=1)
+    # The released code excludes the end, so the last row and column are never reached.
+    stop = grid - size + (1 if per_image else 0)
+    uniform = jax.random.uniform(rng_corner, (ATTEMPTS, *size.shape))
+    corner = jnp.minimum((uniform * stop.astype(jnp.float32)).astype(jnp.int32), stop - 1)  # it may round up to stop
+    inside = _inside(corner, size, grid)  # [A, B, M + 1, N]
+    context = inside[:, :, -1] & ~inside[:, :, :-1].any(axis=2)
 
-    corners, contexts = jax.vmap(place)(jax.random.split(rng_place, ATTEMPTS))  # [A, B, M, 2], [A, B, N]
-    kept = contexts.sum(axis=-1)
+    kept = context.sum(axis=-1)  # [A, B]
     turn = jnp.arange(ATTEMPTS)[:, None]
-    choice = jnp.where(kept >= mask.min_keep, grid * grid + ATTEMPTS - turn, kept).argmax(axis=0)
+    choice = jnp.where(kept >= mask.min_keep, patches + ATTEMPTS - turn, kept).argmax(axis=0)
     images = jnp.arange(batch)
-    corner, context = corners[choice, images], contexts[choice, images]
+    corner, context = corner[choice, images], context[choice, images]
 
-    target_idx, target_valid = _patches_of(corner, target_size, grid, length)
+    target_idx, target_valid = _patches_of(corner[:, :-1], size[:, :-1], grid, length)
     if mask.keep == "random":
         rank = jax.random.uniform(rng_keep, context.shape)
     else:  # raster: the first ones stay, so it is the bottom of the image that is lost
-        rank = jnp.broadcast_to(1.0 - jnp.arange(grid * grid) / (grid * grid), context.shape)
+        rank = jnp.broadcast_to(1.0 - jnp.arange(patches) / patches, context.shape)
     score, context_idx = jax.lax.top_k(jnp.where(context, rank, -1.0), mask.context_tokens)
     context_valid = score >= 0
     return Masks(jnp.where(context_valid, context_idx, 0), context_valid, target_idx, target_valid)
@@ -74,12 +75,12 @@ def target_tokens(mask: Mask, grid: int) -> int:
     require(limit >= 2, f"a grid of {grid}x{grid} patches is too small for masking: use smaller model.patch_size")
     r = np.linspace(0, 1, 100_001)
     counts = r if mask.recipe == "released" else np.linspace(0, 1, grid * grid)[:, None]
-    height, width = _size(mask, grid, _between(mask.target_scale, counts), _between(mask.target_aspect, r), np)
+    height, width = _rectangle(mask, grid, _between(mask.target_scale, counts), _between(mask.target_aspect, r), np)
     require(
         min(height.min(), width.min()) >= 1,
         f"mask.target_scale = {mask.target_scale} gives empty blocks on {grid}x{grid} patches: raise its start",
     )
-    side, _ = _size(mask, grid, np.array(mask.context_scale), np.ones(2), np)
+    side, _ = _rectangle(mask, grid, np.array(mask.context_scale), np.ones(2), np)
     require(
         mask.context_tokens <= side[1] ** 2,
         f"mask.context_tokens = {mask.context_tokens} is more than the largest context block on {grid}x{grid} "
@@ -97,7 +98,7 @@ def _longest_side(mask: Mask, grid: int) -> int:
     return grid - 1 if mask.recipe == "released" else grid
 
 
-def _size(mask: Mask, grid: int, scale: Any, aspect: Any, xp: ModuleType) -> tuple[Any, Any]:
+def _rectangle(mask: Mask, grid: int, scale: Any, aspect: Any, xp: ModuleType) -> tuple[Any, Any]:
     """Share of the patches and aspect ratio -> height and width in patches."""
     patches = xp.floor(grid * grid * scale)
     height, width = xp.round(xp.sqrt(patches * aspect)), xp.round(xp.sqrt(patches / aspect))
@@ -105,22 +106,17 @@ def _size(mask: Mask, grid: int, scale: Any, aspect: Any, xp: ModuleType) -> tup
     return xp.minimum(height, limit).astype(np.int32), xp.minimum(width, limit).astype(np.int32)
 
 
-def _sample_size(rng, mask, grid, scale, aspect, shape) -> jax.Array:
-    """Block sizes [*shape, 2]: height and width in patches."""
-    rng_scale, rng_aspect = jax.random.split(rng)
-    if mask.recipe == "released":
-        scale_r = aspect_r = jnp.broadcast_to(jax.random.uniform(rng_scale), shape)
-    else:
-        scale_r, aspect_r = jax.random.uniform(rng_scale, shape), jax.random.uniform(rng_aspect, shape)
-    return jnp.stack(_size(mask, grid, _between(scale, scale_r), _between(aspect, aspect_r), jnp), axis=-1)
-
-
-def _sample_corner(rng, mask, grid, size) -> jax.Array:
-    """Top-left corners [..., 2] of blocks of size [..., 2], uniform."""
-    # The released code excludes the end, so the last row and column are never reached.
-    stop = grid - size + (0 if mask.recipe == "released" else 1)
-    draw = jnp.floor(jax.random.uniform(rng, size.shape) * stop.astype(jnp.float32)).astype(jnp.int32)
-    return jnp.minimum(draw, stop - 1)  # the product may round up to stop
+def _size(rng: jax.Array, mask: Mask, grid: int, shape: tuple[int, int]) -> jax.Array:
+    """Height and width of M target blocks and a context block, [B, M + 1, 2] for shape (B, M)."""
+    batch, targets = shape
+    r = jax.random.uniform(rng, (2, batch, targets + 1))
+    target_scale, target_aspect = r[0, :, :-1], r[1, :, :-1]
+    if mask.recipe == "released":  # one number for all target blocks, and for both their scale and aspect
+        target_scale = target_aspect = jnp.broadcast_to(r[0, :, :1], target_scale.shape)
+    scale = [_between(mask.target_scale, target_scale), _between(mask.context_scale, r[0, :, -1:])]
+    aspect = [_between(mask.target_aspect, target_aspect), jnp.ones((batch, 1))]
+    sides = _rectangle(mask, grid, jnp.concatenate(scale, axis=1), jnp.concatenate(aspect, axis=1), jnp)
+    return jnp.stack(sides, axis=-1)
 
 
 def _inside(corner: jax.Array, size: jax.Array, grid: int) -> jax.Array:

@@ -166,6 +166,6 @@ def train_step(
             "lr": optimizer.learning_rate(config.optim, method.steps)(state.step),
             "weight_decay": optimizer.weight_decay(config.optim, method.steps)(state.step),
             "ema_momentum": 1 - step_size,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
         }
     return TrainState(state.step + 1, params, target_params, opt_state), metrics, features

@@ -14,7 +14,7 @@ from einops import rearrange, repeat
 from cjepa_jax.config import Model, require
 from cjepa_jax.config import Predictor as Config
 from cjepa_jax.masking import Masks
-from cjepa_jax.models.vit import LAYER_NORM_EPS, Block, kernel_init, parse_size, sincos_positions
+from cjepa_jax.models.vit import Block, kernel_init, layer_norm, parse_size, sincos_positions
 
 
 class Predictor(nn.Module):
@@ -51,7 +51,7 @@ class Predictor(nn.Module):
         x = jnp.concatenate([x, targets], axis=1)
         for i in range(self.depth):
             x = Block(self.heads, 4, self.init_scheme, self.dtype, name=f"block{i:02}")(x, valid)
-        x = nn.LayerNorm(LAYER_NORM_EPS, dtype=self.dtype, use_fast_variance=False, name="norm")(x[:, -length:])
+        x = layer_norm(x[:, -length:], name="norm")
         return rearrange(dense(self.features, "head")(x), "(b m) k d -> b m k d", m=blocks).astype(jnp.float32)
 
 

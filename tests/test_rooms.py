@@ -1,0 +1,58 @@
+"""What each kind of module may import (README, Architecture)."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1] / "cjepa_jax"
+MATH = ["config", "masking", "losses", "optimizer", "diagnostics", "step", "sharding", "models"]
+MATH_MAY_IMPORT = {"jax", "numpy", "einops", "flax", "optax", "dataclasses", "typing", "types", "collections"}
+MATH_MAY_IMPORT |= {"functools", "difflib", "math"}
+IO = ["data", "checkpoint", "metrics", "plots"]
+TRAINING = {f"cjepa_jax.{name}" for name in ("train", "main", "step", "losses", "optimizer")}
+
+
+def modules(room: str) -> list[pathlib.Path]:
+    file = ROOT / f"{room}.py"
+    return [file] if file.exists() else sorted((ROOT / room).rglob("*.py"))
+
+
+def imports(path: pathlib.Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{a.name}" if node.module == "cjepa_jax" else node.module for a in node.names}
+    return found
+
+
+@pytest.mark.parametrize("room", MATH)
+def test_math_imports_math(room):
+    own = {f"cjepa_jax.{name}" for name in MATH}
+    assert modules(room)
+    for path in modules(room):
+        for name in imports(path):
+            if name.startswith("cjepa_jax"):
+                assert ".".join(name.split(".")[:2]) in own, f"{path.name} imports {name}"
+            else:
+                assert name.split(".")[0] in MATH_MAY_IMPORT, f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("room", IO)
+def test_io_knows_no_training(room):
+    assert modules(room)
+    for path in modules(room):
+        assert not imports(path) & TRAINING, path.name
+
+
+def test_only_sharding_knows_axis_names():
+    for path in ROOT.rglob("*.py"):
+        if path.name != "sharding.py":
+            assert "PartitionSpec" not in path.read_text(), path.name
+
+
+def test_files_stay_readable():
+    for path in ROOT.rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 350, path.name

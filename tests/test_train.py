@@ -1,0 +1,212 @@
+"""The command as a user runs it: results, resuming, stopping, and what it says of mistakes."""
+
+import json
+import math
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from etils import epath
+
+from cjepa_jax import checkpoint, train
+from cjepa_jax.config import UserError, flatten
+
+ROOT = pathlib.Path(__file__).parents[1]
+SMALL = [
+    "--config.model.size=16x1x2",
+    "--config.predictor.width=8",
+    "--config.predictor.depth=1",
+    "--config.data.batch_size=16",
+    "--config.eval.every=0",
+    "--config.log.every=1",
+    "--config.checkpoint.every=5",
+]
+TEN_STEPS = ["--config.optim.epochs=0.1114", "--config.optim.warmup_epochs=0.02"]  # of 1,437 images, 16 a step
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "cjepa_jax.main", *arguments]
+
+
+def run(*arguments: str, code: int = 0) -> str:
+    """What the command printed; checks its exit code."""
+    done = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ)
+    assert done.returncode == code, done.stderr
+    return done.stdout + done.stderr
+
+
+def lines(workdir: pathlib.Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def saved_state(workdir: pathlib.Path, step: int):
+    return ocp.StandardCheckpointer().restore(workdir / "checkpoints" / str(step) / "state")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> pathlib.Path:
+    """The workdir of ten steps, checkpoints at 5 and 10."""
+    workdir = tmp_path_factory.mktemp("runs") / "finished"
+    run("--config=configs/digits.py", f"--workdir={workdir}", *SMALL, *TEN_STEPS)
+    return workdir
+
+
+def test_workdir_holds_what_the_readme_says(finished):
+    config = json.loads((finished / "config.json").read_text())
+    assert config["model.size"] == "16x1x2" and config["vicreg.weight"] == 0.01
+    assert [line["step"] for line in lines(finished)] == list(range(1, 11))
+    expected = "loss/total loss/prediction loss/variance loss/invariance loss/covariance rep/std rep/rank rep/cosine"
+    expected += " rep/block_mean_error lr weight_decay ema_momentum grad_norm"
+    for line in lines(finished):
+        assert set(expected.split()) <= line.keys()
+        assert all(math.isfinite(value) for value in line.values())
+    assert "images_per_second" in lines(finished)[-1]
+    assert sorted(p.name for p in (finished / "checkpoints").iterdir() if p.is_dir()) == ["10", "5"]
+    assert list((finished / "tensorboard").glob("events.*"))
+    for name in ("curves.png", "masks.png"):
+        assert (finished / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_ten_steps_equal_five_and_a_new_process_and_five(finished, tmp_path):
+    """Bit for bit: state, losses (so images, crops and masks too)."""
+    again = tmp_path / "again"
+    shutil.copytree(finished, again)
+    shutil.rmtree(again / "checkpoints" / "10")
+    said = run("--config=configs/digits.py", f"--workdir={again}", *SMALL, *TEN_STEPS)
+    assert "going on from step 5" in said
+    for a, b in zip(lines(finished), lines(again), strict=True):
+        assert {k: v for k, v in a.items() if k != "images_per_second"} == {
+            k: v for k, v in b.items() if k != "images_per_second"
+        }
+    straight, resumed = saved_state(finished, 10), saved_state(again, 10)
+    jax.tree.map(np.testing.assert_array_equal, straight, resumed)
+    five = saved_state(finished, 5)
+    assert any((np.asarray(a) != np.asarray(b)).any() for a, b in zip(*map(jax.tree.leaves, (five, straight))))
+
+
+def test_sigterm_saves_and_leaves_and_the_same_command_goes_on(tmp_path):
+    workdir = tmp_path / "run"
+    arguments = ["--config=configs/digits.py", f"--workdir={workdir}", *SMALL, "--config.checkpoint.every=100000"]
+    process = subprocess.Popen(command(*arguments), cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ)
+    deadline = time.time() + 200
+    while not (workdir / "metrics.jsonl").exists() or len(lines(workdir)) < 3:
+        assert process.poll() is None and time.time() < deadline, process.stderr.read()
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=100)
+    assert process.returncode == 0, said
+    stopped = lines(workdir)[-1]["step"]
+    assert f"stopped and saved at step {stopped}" in said
+    assert int(saved_state(workdir, stopped)["step"]) == stopped
+
+
+def test_probes_report_a_table(make_config, tmp_path, capsys):
+    config = make_config(optim__epochs=0.05, optim__warmup_epochs=0.01, eval__every=2, eval__draws=1)
+    train.train(config, epath.Path(tmp_path / "run"))
+    rows = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert rows.keys() == {"trained", "untrained", "raw pixels"}
+    assert all(0 <= value <= 1 for row in rows.values() for value in row.values())
+    assert rows["raw pixels"]["knn"] > 0.9
+    printed = capsys.readouterr().out
+    assert f"{100 * rows['trained']['knn']:.1f}" in printed and "raw pixels" in printed
+    probed = [line for line in lines(tmp_path / "run") if "eval/knn" in line and "eval/linear" in line]
+    assert [line["step"] for line in probed] == [2, 4]
+
+
+BAD = {
+    "patch": ({"model__patch_size": 3}, "model.patch_size = 3 does not divide data.image_size = 8"),
+    "devices": ({"data__batch_size": 12}, "data.batch_size = 12 is not divisible by the 8 devices"),
+    "context": ({"mask__context_tokens": 17}, "mask.context_tokens = 17 is more than the largest context block"),
+    "targets": ({"mask__target_scale": (0.01, 0.2)}, "mask.target_scale = (0.01, 0.2) gives empty blocks"),
+    "interval": ({"mask__target_scale": (0.3, 0.2)}, "mask.target_scale must be an increasing pair"),
+    "negative": ({"vicreg__weight": -1.0}, "vicreg.weight must be at least 0, got -1.0"),
+    "nan": ({"optim__learning_rate": math.nan}, "optim.learning_rate must be at least 0, got nan"),
+    "choice": ({"mask__recipe": "relased"}, "mask.recipe must be one of released, corrected, got 'relased'"),
+    "type": ({"model__patch_size": 2.5}, "model.patch_size must be int, got 2.5"),
+    "size": ({"model__size": "XL"}, "model.size = 'XL' is neither WIDTHxDEPTHxHEADS nor a known name"),
+    "heads": ({"predictor__width": 10}, "predictor.width = 10 must be a multiple of 4 and of the encoder's 2 heads"),
+    "warm-up": ({"optim__warmup_epochs": 60.0}, "optim.warmup_epochs must be below optim.epochs"),
+    "split": ({"data__train_split": "tran"}, "split 'tran' cannot be read"),
+    "length": ({"optim__epochs": 0.001, "optim__warmup_epochs": 0.0}, "are less than one batch"),
+    "tfds": ({"data__source": "tfds", "data__name": "imgnet"}, "'imgnet' is not a TFDS data set"),
+    "channels": ({"data__mean": (0.5, 0.5)}, "data.mean and data.std must both have 1 or 3 numbers"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_settings_are_one_line_before_compilation(case, make_config, tmp_path, monkeypatch):
+    overrides, message = BAD[case]
+    monkeypatch.setattr(train.jax, "jit", lambda *a, **k: pytest.fail("compiled before the check"))
+    with pytest.raises(UserError) as error:
+        train.train(make_config(**overrides), epath.Path(tmp_path / "run"))
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--config.mask.recipee=x"], '--config has no such setting: Did you mean "recipe" instead of "recipee"?'),
+        (["--config.msk.recipe=x"], '--config has no such setting: Did you mean "mask" instead of "msk"?'),
+        (["--config.data.batch_size=many"], "flag --config.data.batch_size=many: invalid literal for int()"),
+        (["--confg=x"], "Unknown command line flag 'confg'. Did you mean: config ?"),
+        (["--config.zzz=1"], "--config has no such setting: zzz"),
+        (["stray"], "unexpected argument 'stray'"),
+        (["--workdir="], "--workdir is empty"),
+        (["--workdir=/no/such/place"], "/no/such does not exist"),
+    ],
+)
+def test_bad_flags_are_one_line(arguments, message):
+    said = run("--config=configs/digits.py", *arguments, code=2)
+    assert message in said
+    assert said.startswith("error: ") and said.count("\n") == 1
+
+
+def test_help_explains_workdir_overrides_and_resuming():
+    said = run("--help")
+    for word in ("--workdir", "--config.GROUP.KEY=VALUE", "newest checkpoint", "SIGTERM"):
+        assert word in said
+
+
+def test_another_experiment_in_the_workdir(make_config, finished):
+    before = (finished / "config.json").read_bytes()
+    with pytest.raises(UserError, match=r"holds another experiment.*seed: 0 -> 1"):
+        train.train(make_config(seed=1), epath.Path(finished))
+    assert (finished / "config.json").read_bytes() == before
+
+
+def test_what_does_not_change_training_may_change(make_config):
+    old, new = (flatten(make_config(data__threads=n, log__every=n, checkpoint__keep_last=n)) for n in (1, 2))
+    assert old != new and checkpoint.differences(old, new) == []
+
+
+@pytest.mark.parametrize("damage", ["truncated array", "no state"])
+def test_damaged_checkpoint(damage, finished, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    newest = workdir / "checkpoints" / "10"
+    if damage == "no state":
+        shutil.rmtree(newest / "state")
+    else:
+        for path in newest.glob("state/**/d/*"):
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    said = run("--config=configs/digits.py", f"--workdir={workdir}", *SMALL, *TEN_STEPS, code=2)
+    assert f"checkpoint {newest} cannot be read" in said
+    assert said.count("\n") == 1
+
+
+def test_other_images_are_refused(finished, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    meta = next((workdir / "checkpoints" / "10" / "meta").iterdir())
+    meta.write_text(meta.read_text().replace("digits train 1437", "digits train 1438"))
+    said = run("--config=configs/digits.py", f"--workdir={workdir}", *SMALL, *TEN_STEPS, code=2)
+    assert "was trained on other images (digits train 1438" in said

@@ -57,17 +57,17 @@ class Checkpointer:
         )
         return restored.state, restored.data
 
-    def save(self, step: int, state: Any, data: dict[str, Any], *, force: bool = False) -> None:
-        """Saves if `step` is due or forced; returns while the writing goes on."""
+    def save(self, step: int, state: Any, data: dict[str, Any]) -> None:
+        """Saves, due or not; returns while the writing goes on."""
         if step == self._manager.latest_step():
             return
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data), meta=ocp.args.JsonSave(self._meta)
         )
-        self._manager.save(step, args=args, force=force)
+        self._manager.save(step, args=args, force=True)
 
     def due(self, step: int) -> bool:
-        """Whether `save` would write at this step."""
+        """Whether a checkpoint belongs at this step."""
         return self._manager.should_save(step)
 
     def close(self) -> None:

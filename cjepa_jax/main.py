@@ -58,7 +58,10 @@ def _run() -> None:
         workdir = f"runs/{path.stem}"
         pathlib.Path("runs").mkdir(exist_ok=True)
     require(bool(workdir), "--workdir is empty")
-    train.train(config, epath.Path(workdir))
+    try:
+        train.train(config, epath.Path(workdir))
+    except train.DivergedError as error:
+        sys.exit(f"error: {error}")
 
 
 def main() -> None:

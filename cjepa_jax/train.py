@@ -1,5 +1,6 @@
 """Pre-training, from top to bottom: checks, data, mesh, state, steps, metrics, checkpoints, probes."""
 
+import contextlib
 import functools
 import json
 import math
@@ -39,7 +40,7 @@ def train(config: Config, workdir: epath.Path) -> TrainState:
     method = Method(config, steps)
     meta: dict[str, Any] = {"config": config_lib.flatten(config), "fingerprint": train_source.fingerprint}
     checkpoint.check_workdir(workdir, meta)
-    probes = Probes(method) if config.eval.every else None
+    probes = Probes(method, train_source) if config.eval.every else None
     sharding.check_batch(data.batch_size)
 
     if config.model.dtype == "float32":  # else TPUs and GPUs round the operands of float32 products
@@ -74,60 +75,54 @@ def train(config: Config, workdir: epath.Path) -> TrainState:
 
     log = metrics.Metrics(workdir, start=start, steps=steps, batch_size=data.batch_size)
     compiled_diagnose = jax.jit(diagnose)
+    step, stopping = start, False
     pending = None  # metrics are fetched one step late, so that the device never waits for the host
-    with _Stop() as stop:
-        for step in range(start + 1, steps + 1):
+    with contextlib.closing(checkpoints), contextlib.closing(log), _Stop() as stop:
+        while step < steps and not stopping:
             images = jax.make_array_from_process_local_data(split, next(batches))
             state, step_metrics, features = take_step(state, images, rng_step)
-            if pending:
-                _write(log, *pending)
-                pending = None
+            step, stopping = step + 1, stop.requested
+            _flush(log, pending)
+            pending = None
             log.tick(step)
             if step % config.log.every == 0 or step == steps:
                 pending = step, step_metrics | compiled_diagnose(features)
-            if checkpoints.due(step) or step == steps or stop.requested:
+            if checkpoints.due(step) or step == steps or stopping:
                 _check_finite(step, step_metrics)
-                checkpoints.save(step, state, batches.get_state(), force=True)
+                checkpoints.save(step, state, batches.get_state())
             if probes and step % config.eval.every == 0 and step < steps:
-                log.write(step, probes.quick(state))
+                _flush(log, pending)
+                pending = None
                 log.pause()
-            if stop.requested:
-                break
-    if pending:
-        _write(log, *pending)
-    if probes and int(state.step) == steps:
-        log.write(steps, probes.quick(state))
-    log.close()
-    checkpoints.close()
+                log.write(step, probes.quick(state))
+        _flush(log, pending)
+        if probes and start < step == steps:
+            log.write(step, probes.report(state, init(rng_init), workdir))
     if jax.process_index() == 0:
         plots.curves(metrics.read(workdir), workdir / "curves.png")
-        if int(state.step) < steps:
-            print(f"stopped and saved at step {int(state.step)}; the same command goes on from there", file=sys.stderr)
-    if probes and int(state.step) == steps:
-        probes.report(state, init(rng_init), workdir)
+        print(_farewell(workdir, step, steps), file=sys.stderr)
+        if (workdir / "evaluation.json").exists():
+            print(probe.format_table(json.loads((workdir / "evaluation.json").read_text()), config.eval.shots))
     return state
 
 
 class Probes:
     """kNN and linear probes on the images of both splits, with the target encoder's features."""
 
-    def __init__(self, method: Method):
+    def __init__(self, method: Method, train_source: sources.Source):
         config = method.config
         self._options = config.eval
         self._method = method
-        loaded = {
-            split: sources.load(config.data, split) for split in (config.data.train_split, config.data.test_split)
-        }
-        self._splits = {
-            split: pipeline.probe_images(source, config.data, crop_fraction=config.eval.crop_fraction)
-            for split, source in loaded.items()
-        }
+        self._splits = [
+            pipeline.probe_images(source, config.data, crop_fraction=config.eval.crop_fraction)
+            for source in (train_source, sources.load(config.data, config.data.test_split))
+        ]
         self._features = jax.jit(method.features)
 
     def _labelled(self, encoder_params: Any) -> list[probe.Labelled]:
         """Training and test images as features of an encoder; as pixels where there is none."""
         sets = []
-        for images, labels in self._splits.values():
+        for images, labels in self._splits:
             if encoder_params is None:
                 features = images.reshape(len(images), -1) / 255
             else:
@@ -146,21 +141,14 @@ class Probes:
             "eval/linear": probe.linear(train, test),
         }
 
-    def report(self, state: TrainState, untrained: TrainState, workdir: epath.Path) -> None:
-        """The table of trained, untrained and raw pixels: on the screen, and into `evaluation.json`."""
+    def report(self, state: TrainState, untrained: TrainState, workdir: epath.Path) -> dict[str, float]:
+        """Trained, untrained and raw pixels into `evaluation.json`; returns what `quick` does."""
         encoders = {"trained": state.target_params, "untrained": untrained.target_params, "raw pixels": None}
         options = {key: getattr(self._options, key) for key in ("neighbours", "shots", "draws")}
         rows = {name: probe.table(*self._labelled(params), **options) for name, params in encoders.items()}
-        if jax.process_index() != 0:
-            return
-        (workdir / "evaluation.json").write_text(json.dumps(rows, indent=1) + "\n")
-        shots = self._options.shots
-        print(f"\naccuracy on held-out images, %   all labels: kNN  linear   {shots} a class: kNN  linear")
-        for name, row in rows.items():
-            print(
-                f"{name:>30}  {100 * row['knn']:15.1f}  {100 * row['linear']:6.1f}"
-                f"  {100 * row['knn_few']:16.1f}  {100 * row['linear_few']:6.1f}"
-            )
+        if jax.process_index() == 0:
+            (workdir / "evaluation.json").write_text(json.dumps(rows, indent=1) + "\n")
+        return {f"eval/{name}": rows["trained"][name] for name in ("knn", "linear")}
 
 
 class _Stop:
@@ -181,8 +169,12 @@ class _Stop:
             signal.signal(signum, handler)
 
 
-def _write(log: metrics.Metrics, step: int, values: dict[str, jax.Array]) -> None:
-    log.write(step, {name: float(value) for name, value in jax.device_get(values).items()})
+def _flush(log: metrics.Metrics, pending: tuple[int, dict[str, jax.Array]] | None) -> None:
+    """Fetches and writes the metrics that wait, if any do."""
+    if pending:
+        step, values = pending
+        log.write(step, {name: float(value) for name, value in jax.device_get(values).items()})
+        _check_finite(step, values)
 
 
 def _check_finite(step: int, values: dict[str, jax.Array]) -> None:
@@ -201,6 +193,12 @@ def _headline(method: Method, images: int, state: TrainState, start: int) -> str
         f"{jax.device_count()} x {device.device_kind}, {method.steps} steps of {config.data.batch_size} images"
         + (f", going on from step {start}" if start else "")
     )
+
+
+def _farewell(workdir: epath.Path, step: int, steps: int) -> str:
+    if step < steps:
+        return f"stopped and saved at step {step} of {steps}; the same command goes on from there"
+    return f"finished at step {steps}; results are in {workdir}"
 
 
 def _draw_masks(source: sources.Source, rng: jax.Array, method: Method, workdir: epath.Path) -> None:

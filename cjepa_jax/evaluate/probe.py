@@ -57,3 +57,12 @@ def table(train: Labelled, test: Labelled, *, neighbours: int, shots: int, draws
         "knn_few": float(np.mean([knn(subset, test, neighbours=neighbours) for subset in subsets])),
         "linear_few": float(np.mean([linear(subset, test) for subset in subsets])),
     }
+
+
+def format_table(rows: dict[str, dict[str, float]], shots: int) -> str:
+    """Results of `table`, by name, for the screen."""
+    lines = [f"\naccuracy on held-out images, %   all labels: kNN  linear   {shots} a class: kNN  linear"]
+    for name, row in rows.items():
+        cells = zip(("knn", "linear", "knn_few", "linear_few"), (15, 6, 16, 6), strict=True)
+        lines.append(f"{name:>30}" + "".join(f"  {100 * row[key]:{width}.1f}" for key, width in cells))
+    return "\n".join(lines)

@@ -178,10 +178,12 @@ def _flush(log: metrics.Metrics, pending: tuple[int, dict[str, jax.Array]] | Non
 
 
 def _check_finite(step: int, values: dict[str, jax.Array]) -> None:
-    if not math.isfinite(loss := float(values["loss/total"])):
-        raise DivergedError(
-            f"loss/total is {loss} at step {step}; lower optim.learning_rate or lengthen optim.warmup_epochs"
-        )
+    """With a finite loss and gradient the state after the step is finite too."""
+    for name in ("loss/total", "grad_norm"):
+        if not math.isfinite(float(values[name])):
+            raise DivergedError(
+                f"{name} is not finite at step {step}; lower optim.learning_rate or lengthen optim.warmup_epochs"
+            )
 
 
 def _headline(method: Method, images: int, state: TrainState, start: int) -> str:

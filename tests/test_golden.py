@@ -10,6 +10,7 @@ import json
 import pathlib
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import pytest
 
@@ -21,14 +22,14 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 CONFIGS = sorted(p.stem for p in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py") if p.stem != "__init__")
 
 
-def compare(name: str, text: str, request) -> None:
-    path = GOLDEN / name
-    if request.config.getoption("--update-golden"):
-        GOLDEN.mkdir(exist_ok=True)
-        path.write_text(text)
-    assert path.read_text() == text, f"{path.name} differs; if that is meant, run this test with --update-golden"
+@pytest.fixture
+def standard_promotion():
+    """jax.nn.dot_product_attention itself mixes bfloat16 and float32."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
 
 
+@pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_parameters_and_decay(name, request):
     """Every config builds from shapes alone, one whole step included; its parameters, and which of them decay."""
@@ -40,7 +41,10 @@ def test_parameters_and_decay(name, request):
     for (path, leaf), decays in zip(jax.tree.leaves_with_path(state.params), decayed, strict=True):
         shape = "x".join(map(str, leaf.shape))
         lines.append(f"{jax.tree_util.keystr(path, simple=True, separator='/')} {shape} {'decay' if decays else '-'}\n")
-    compare(f"{name}.txt", "".join(lines), request)
+    path = GOLDEN / f"{name}.txt"
+    if request.config.getoption("--update-golden"):
+        path.write_text("".join(lines))
+    assert path.read_text() == "".join(lines), f"{path.name} differs; if that is meant, run with --update-golden"
 
     data = config.data
     images = jax.ShapeDtypeStruct((8, data.image_size, data.image_size, data.channels), jnp.uint8)
@@ -49,12 +53,47 @@ def test_parameters_and_decay(name, request):
     assert all(value.shape == () and value.dtype == jnp.float32 for value in metrics.values())
 
 
-def test_metrics_of_one_step(make_config, request):
-    """Three digits of each metric after three steps: what a reader of a log would notice."""
+def dot_dtypes(jaxpr) -> list[tuple[str, ...]]:
+    """The operands' dtypes of every matrix product, inner functions included."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            found.append(tuple(str(v.aval.dtype) for v in equation.invars))
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            found += dot_dtypes(inner)
+    return found
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_products_have_the_configured_precision(make_config, dtype):
+    """Parameters are float32 always (test above); of the products only the covariance stays float32."""
+    method = Method(make_config(model__dtype=dtype), steps=10)
+    state = jax.eval_shape(functools.partial(init_state, method=method), jax.random.key(0))
+    images = jax.ShapeDtypeStruct((8, 8, 8, 1), jnp.uint8)
+    jaxpr = jax.make_jaxpr(functools.partial(train_step, method=method))(state, images, jax.random.key(0))
+    dots = dot_dtypes(jaxpr.jaxpr)
+    assert len(dots) > 30
+    if dtype == "float32":
+        assert set(dots) == {("float32", "float32")}
+    else:
+        assert dots.count(("float32", "float32")) == 3  # the covariance and its two gradients
+        mixed = [d for d in dots if len(set(d)) == 2]  # jax's attention: float32 gradients of q k^T
+        assert len(mixed) == 2 * 2  # context encoder and predictor, a block each
+
+
+def test_metrics_after_three_steps(make_config, request):
+    """Every metric within a thousandth: what a reader of a log would notice, and no machine's rounding."""
     method = Method(make_config(vicreg__projector=(12, 8)), steps=10)
     state = jax.jit(functools.partial(init_state, method=method))(jax.random.key(0))
     step = jax.jit(functools.partial(train_step, method=method))
     images = jax.random.randint(jax.random.key(1), (16, 8, 8, 1), 0, 256).astype(jnp.uint8)
     for _ in range(3):
         state, metrics, _ = step(state, images, jax.random.key(2))
-    compare("metrics.json", json.dumps({k: f"{v:.3g}" for k, v in sorted(metrics.items())}, indent=1) + "\n", request)
+    path = GOLDEN / "metrics.json"
+    if request.config.getoption("--update-golden"):
+        path.write_text(json.dumps({k: float(f"{v:.5g}") for k, v in sorted(metrics.items())}, indent=1) + "\n")
+    golden = json.loads(path.read_text())
+    assert golden.keys() == metrics.keys()
+    for name, value in metrics.items():
+        assert float(value) == pytest.approx(golden[name], rel=1e-3), f"{name}; if meant, run with --update-golden"

@@ -89,7 +89,9 @@ def test_ten_steps_equal_five_and_a_new_process_and_five(finished, tmp_path):
     straight, resumed = saved_state(finished, 10), saved_state(again, 10)
     jax.tree.map(np.testing.assert_array_equal, straight, resumed)
     five = saved_state(finished, 5)
-    assert any((np.asarray(a) != np.asarray(b)).any() for a, b in zip(*map(jax.tree.leaves, (five, straight))))
+    assert any(
+        (np.asarray(a) != np.asarray(b)).any() for a, b in zip(*map(jax.tree.leaves, (five, straight)), strict=True)
+    )
 
 
 def test_sigterm_saves_and_leaves_and_the_same_command_goes_on(tmp_path):
@@ -210,3 +212,22 @@ def test_other_images_are_refused(finished, tmp_path):
     meta.write_text(meta.read_text().replace("digits train 1437", "digits train 1438"))
     said = run("--config=configs/digits.py", f"--workdir={workdir}", *SMALL, *TEN_STEPS, code=2)
     assert "was trained on other images (digits train 1438" in said
+
+
+def test_last_and_every_kth_checkpoint_stay(make_config, tmp_path):
+    config = make_config(checkpoint__every=2, checkpoint__keep_last=2, checkpoint__keep_every=4)
+    meta = {"config": flatten(config), "fingerprint": "some images"}
+    checkpoints = checkpoint.Checkpointer(epath.Path(tmp_path / "run"), config.checkpoint, meta)
+    for step in range(1, 12):
+        if checkpoints.due(step):
+            checkpoints.save(step, {"x": jax.numpy.ones(3) * step}, {"next_index": step})
+    checkpoints.close()
+    assert sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir() if p.is_dir()) == [4, 8, 10]
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(make_config, tmp_path):
+    config = make_config(optim__learning_rate=1e30, optim__learning_rate_start=1e30, log__every=1, checkpoint__every=1)
+    with pytest.raises(train.DivergedError, match="is not finite at step"):
+        train.train(config, epath.Path(tmp_path / "run"))
+    last = max(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir() if p.is_dir())
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(saved_state(tmp_path / "run", last)["params"]))

@@ -61,7 +61,7 @@ def finished(tmp_path_factory) -> pathlib.Path:
 
 def test_workdir_holds_what_the_readme_says(finished):
     config = json.loads((finished / "config.json").read_text())
-    assert config["model.size"] == "16x1x2" and config["vicreg.weight"] == 0.01
+    assert config["model.size"] == "16x1x2" and config["vicreg.weight"] == 0.02
     assert [line["step"] for line in lines(finished)] == list(range(1, 11))
     expected = "loss/total loss/prediction loss/variance loss/invariance loss/covariance rep/std rep/rank rep/cosine"
     expected += " rep/block_mean_error lr weight_decay ema_momentum grad_norm"

@@ -6,6 +6,8 @@ import math
 import numpy as np
 from PIL import Image
 
+Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
+
 
 def open_image(image: bytes | Image.Image, channels: int) -> Image.Image:
     """Bytes of an image file, or an image, -> a greyscale (1 channel) or RGB (3) image."""
@@ -15,7 +17,7 @@ def open_image(image: bytes | Image.Image, channels: int) -> Image.Image:
 
 def random_box(
     width: int, height: int, *, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
-) -> tuple[int, int, int, int]:
+) -> Box:
     """(left, top, right, bottom) of a random-resized crop, as torchvision's RandomResizedCrop defines it.
 
     Area uniform in `scale`, aspect ratio in `ratio` uniform in its logarithm; ten
@@ -34,17 +36,18 @@ def random_box(
     return left, top, left + w, top + h
 
 
-def central_box(width: int, height: int, *, fraction: float) -> tuple[float, float, float, float]:
+def central_box(width: int, height: int, *, fraction: float) -> Box:
     """(left, top, right, bottom) of the central square whose side is `fraction` of the short side.
 
     224 / 256 is the usual "resize the short side to 256, then crop 224" in one resampling.
     """
-    side = min(width, height) * fraction
-    left, top = (width - side) / 2, (height - side) / 2
+    side = max(1, round(min(width, height) * fraction))
+    left, top = (width - side) // 2, (height - side) // 2
     return left, top, left + side, top + side
 
 
-def resize(image: Image.Image, box: tuple[float, float, float, float], size: int) -> np.ndarray:
+def resize(image: Image.Image, box: Box, size: int) -> np.ndarray:
     """The box of the image, bilinear with antialiasing -> [size, size, C] uint8."""
-    resized = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
+    # Not resize(box=...), whose filter sees the pixels just outside the box.
+    resized = np.asarray(image.crop(box).resize((size, size), Image.Resampling.BILINEAR))
     return resized.reshape(size, size, -1)

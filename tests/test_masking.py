@@ -1,0 +1,365 @@
+"""Masks: their statistics over many draws, and that hidden patches and padding have no influence."""
+
+import functools
+import math
+import random
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cjepa_jax import sharding
+from cjepa_jax.config import UserError
+from cjepa_jax.masking import Masks, sample_masks, target_tokens
+from cjepa_jax.models.vit import masked_mean, take
+from cjepa_jax.step import Method, init_state
+
+STEPS, BATCH = 5_000, 2  # 10,000 images; in `released` a block size belongs to a step
+KEPT = 60  # of the context tokens, where they are cut
+RECIPES = ["released", "corrected"]
+QUICK = {"xla_backend_optimization_level": 1}  # most of the time goes into compiling
+
+
+@pytest.fixture
+def make_mask(make_config):
+    """I-JEPA's settings with the context uncut, and overrides."""
+
+    def make(recipe, grid, **overrides):
+        settings = dict(recipe=recipe, targets=4, target_scale=(0.15, 0.2), target_aspect=(0.75, 1.5))
+        settings |= dict(context_scale=(0.85, 1.0), min_keep=10, context_tokens=longest(recipe, grid) ** 2)
+        return make_config(**{f"mask__{key}": value for key, value in (settings | overrides).items()}).mask
+
+    return make
+
+
+def longest(recipe, grid):
+    return grid - 1 if recipe == "released" else grid
+
+
+@functools.cache
+def draw(mask, grid):
+    """The masks of all steps, [STEPS, BATCH, ...]."""
+    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(0)))(jnp.arange(STEPS))
+    sample = functools.partial(sample_masks, mask=mask, grid=grid, batch=BATCH)
+    return jax.device_get(jax.jit(jax.vmap(sample), compiler_options=QUICK)(keys))
+
+
+def covered(idx, valid, grid):
+    """Which patches the valid indices name, [..., N]."""
+    hits = np.zeros((*idx.shape[:-1], grid * grid + 1), bool)
+    np.put_along_axis(hits, np.where(valid, idx, grid * grid), True, axis=-1)
+    return hits[..., :-1]
+
+
+def context_of(masks, grid):
+    return covered(masks.context_idx, masks.context_valid, grid)
+
+
+def targets_of(masks, grid):
+    """Patches of any block of an image."""
+    return covered(masks.target_idx, masks.target_valid, grid).any(axis=-2)
+
+
+def bounds(masks, grid):
+    """Top-left corner and size of the target blocks' bounding boxes, both [..., 2]."""
+    position, valid = np.stack(np.divmod(masks.target_idx, grid)), masks.target_valid
+    low = np.where(valid, position, grid).min(axis=-1)
+    return np.moveaxis(low, 0, -1), np.moveaxis(np.where(valid, position, -1).max(axis=-1) - low + 1, 0, -1)
+
+
+def shares(sizes):
+    """Sizes [..., 2] -> {(height, width): share}."""
+    counts = Counter(map(tuple, np.reshape(sizes, (-1, 2)).tolist()))
+    return {size: count / counts.total() for size, count in counts.items()}
+
+
+def reference(mask, grid, images):
+    """The recipes in plain Python, one image a step: a block size of each, and its number of context patches."""
+    rng = random.Random(1)
+    limit = longest(mask.recipe, grid)
+
+    def size(scale, aspect):
+        r = rng.random()
+        q = r if mask.recipe == "released" else rng.random()
+        patches = int(grid * grid * (scale[0] + r * (scale[1] - scale[0])))
+        ratio = aspect[0] + q * (aspect[1] - aspect[0])
+        return min(round(math.sqrt(patches * ratio)), limit), min(round(math.sqrt(patches / ratio)), limit)
+
+    def block(size):
+        (height, width), end = size, limit + 1  # `released` excludes the last corner
+        top, left = rng.randrange(end - size[0]), rng.randrange(end - size[1])
+        return {(top + row) * grid + left + column for row in range(height) for column in range(width)}
+
+    sizes, counts = [], []
+    for _ in range(images):
+        target_sizes = [size(mask.target_scale, mask.target_aspect)] * mask.targets
+        if mask.recipe == "corrected":
+            target_sizes[1:] = [size(mask.target_scale, mask.target_aspect) for _ in target_sizes[1:]]
+        context_size = size(mask.context_scale, (1.0, 1.0))
+        kept = set()
+        while len(kept) < mask.min_keep:
+            kept = block(context_size).difference(*map(block, target_sizes))
+        sizes.append(target_sizes[0])
+        counts.append(len(kept))
+    return shares(np.array(sizes)), np.array(counts)
+
+
+# What every draw must satisfy
+
+
+@pytest.mark.parametrize(
+    "recipe, overrides",
+    [
+        ("released", {}),
+        ("released", {"context_tokens": KEPT, "keep": "raster"}),
+        ("corrected", {}),
+        ("corrected", {"context_tokens": KEPT}),
+    ],
+)
+def test_every_draw_is_well_formed(make_mask, recipe, overrides):
+    grid, mask = 14, make_mask(recipe, 14, **overrides)
+    masks = draw(mask, grid)
+    for idx, valid, length in (
+        (masks.context_idx, masks.context_valid, mask.context_tokens),
+        (masks.target_idx, masks.target_valid, target_tokens(mask, grid)),
+    ):
+        assert idx.shape[-1] == valid.shape[-1] == length
+        assert (idx.min(), idx.max() < grid * grid) == (0, True)
+        distinct = np.sort(np.where(valid, idx, -1 - np.arange(length)), axis=-1)
+        assert (np.diff(distinct) > 0).all()
+    assert not (context_of(masks, grid) & targets_of(masks, grid)).any()
+    assert (masks.context_valid.sum(axis=-1) >= mask.min_keep).all()
+
+    counts = masks.target_valid.sum(axis=-1)
+    np.testing.assert_array_equal(counts, bounds(masks, grid)[1].prod(axis=-1))  # full rectangles
+    assert counts.max() == target_tokens(mask, grid)  # no padding that no draw needs
+
+
+def test_too_small_a_context_is_drawn_again(make_mask):
+    """And where none reaches min_keep (of 16 patches at least one is hidden) the fullest of several is taken."""
+    once, again, fullest = (
+        draw(make_mask("corrected", 4, min_keep=n), 4).context_valid.sum(axis=-1) for n in (1, 6, 16)
+    )
+    assert (once < 6).mean() > 0.01
+    assert again.min() == 6
+    assert fullest.min() > once.min() and fullest.mean() > once.mean() + 1.5
+
+
+# Statistics of the recipes
+
+
+@pytest.mark.parametrize(
+    "grid, tokens, sizes, mean, std, quantiles",
+    [
+        (14, 40, {(5, 6): 0.265, (6, 6): 0.218, (6, 5): 0.126, (7, 5): 0.364, (8, 5): 0.026}, 82, 14, (51, 114)),
+        (16, 54, None, 110, 18, None),
+    ],
+)
+def test_released_has_the_published_statistics(make_mask, grid, tokens, sizes, mean, std, quantiles):
+    mask = make_mask("released", grid)
+    masks = draw(mask, grid)
+    assert target_tokens(mask, grid) == tokens
+    if sizes:
+        found = shares(bounds(masks, grid)[1])
+        assert found.keys() == sizes.keys()
+        assert found == pytest.approx(sizes, abs=0.02)
+    counts = masks.context_valid.sum(axis=-1)
+    assert (counts.mean(), counts.std()) == (pytest.approx(mean, abs=0.6), pytest.approx(std, abs=0.6))
+    if quantiles:
+        assert tuple(np.quantile(counts, (0.01, 0.99))) == pytest.approx(quantiles, abs=1.0)
+
+
+@pytest.mark.parametrize(
+    "recipe, grid, again", [("released", 14, 0), ("released", 14, 71), ("released", 16, 0), ("corrected", 14, 79)]
+)
+def test_distribution_is_that_of_the_reference(make_mask, recipe, grid, again):
+    """Also with a min_keep (`again`) that a fifth of the placements miss."""
+    mask = make_mask(recipe, grid, **({"min_keep": again} if again else {}))
+    sizes, counts = reference(mask, grid, 4_000)
+    masks = draw(mask, grid)
+    found, ours = shares(bounds(masks, grid)[1]), masks.context_valid.sum(axis=-1)
+    assert sum(abs(found.get(s, 0) - sizes.get(s, 0)) for s in found.keys() | sizes.keys()) < 0.06
+    assert ours.mean() == pytest.approx(counts.mean(), abs=1.0)
+    assert ours.std() == pytest.approx(counts.std(), rel=0.05)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_corners_are_uniform(make_mask, recipe):
+    masks = draw(make_mask(recipe, 14), 14)
+    corner, size = bounds(masks, 14)
+    for axis in (0, 1):
+        for length in np.unique(size[..., axis]):
+            drawn = corner[..., axis][size[..., axis] == length]
+            places = longest(recipe, 14) + 1 - length  # in `released` the end is excluded
+            counts, mean = np.bincount(drawn), len(drawn) / places
+            assert len(counts) == places
+            assert np.abs(counts - mean).max() < 5 * math.sqrt(mean)
+
+
+@pytest.mark.parametrize("grid", [14, 16])
+def test_released_never_reaches_the_last_row_and_column(make_mask, grid):
+    """Its context block is all the rest, always; and the targets reach all the rest."""
+    masks = draw(make_mask("released", grid), grid)
+    rest = (np.indices((grid, grid)) < grid - 1).all(axis=0).ravel()
+    targets = targets_of(masks, grid)
+    np.testing.assert_array_equal(targets.any(axis=(0, 1)), rest)
+    np.testing.assert_array_equal(context_of(masks, grid), rest & ~targets)
+
+
+@pytest.mark.parametrize("overrides", [{}, {"context_tokens": KEPT}])
+def test_corrected_reaches_every_patch(make_mask, overrides):
+    masks = draw(make_mask("corrected", 14, **overrides), 14)
+    assert targets_of(masks, 14).any(axis=(0, 1)).all()
+    assert context_of(masks, 14).any(axis=(0, 1)).all()
+
+
+def test_one_size_a_step_or_one_a_block(make_mask):
+    sizes = {recipe: bounds(draw(make_mask(recipe, 14), 14), 14)[1] for recipe in RECIPES}
+    assert (sizes["released"] == sizes["released"][:, :1, :1]).all()
+    differs = (sizes["corrected"][:, :, 1:] != sizes["corrected"][:, :, :1]).any(axis=-1).mean(axis=(0, 1))
+    assert (differs > 0.5).all()
+    between_images = (sizes["corrected"][:, 1] != sizes["corrected"][:, 0]).any(axis=-1).mean()
+    assert between_images > 0.5
+
+
+# The cut to a fixed number of context tokens
+
+
+def test_raster_keeps_the_first(make_mask):
+    whole = context_of(draw(make_mask("released", 14), 14), 14)
+    cut = draw(make_mask("released", 14, context_tokens=KEPT, keep="raster"), 14)
+    np.testing.assert_array_equal(context_of(cut, 14), whole & (whole.cumsum(axis=-1) <= KEPT))
+
+
+def test_random_keeps_a_uniform_subset(make_mask):
+    """Each eligible patch with probability K / n, and each two neighbours in raster order with K (K-1) / (n (n-1))."""
+    whole = context_of(draw(make_mask("corrected", 14), 14), 14).reshape(-1, 196)
+    cut = context_of(draw(make_mask("corrected", 14, context_tokens=KEPT), 14), 14).reshape(-1, 196)
+    n = np.maximum(whole.sum(axis=-1, keepdims=True), KEPT)
+    assert not (cut & ~whole).any()
+    np.testing.assert_array_equal(cut.sum(axis=-1), np.minimum(whole.sum(axis=-1), KEPT))
+
+    chance = np.where(whole, KEPT / n, 0.0)
+    z = (cut - chance).sum(axis=0) / np.sqrt((chance * (1 - chance)).sum(axis=0)).clip(1e-9)
+    eligible = whole.any(axis=0)
+    assert np.abs(z[eligible]).max() < 4.5
+    assert np.square(z[eligible]).mean() == pytest.approx(1, abs=0.35)
+
+    pairs = whole[:, :-1] & whole[:, 1:]
+    chance = np.where(pairs, KEPT * (KEPT - 1) / (n * (n - 1)), 0.0)
+    assert (cut[:, :-1] & cut[:, 1:]).sum() == pytest.approx(chance.sum(), rel=0.01)
+
+
+# Where the randomness comes from
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_masks_are_a_function_of_the_step_and_not_of_the_devices(make_mask, recipe):
+    mask = make_mask(recipe, 14, context_tokens=KEPT)
+
+    def masks_of(step):
+        return sample_masks(jax.random.fold_in(jax.random.key(0), step), mask, grid=14, batch=16)
+
+    one = jax.jit(masks_of, compiler_options=QUICK)
+    eight = jax.jit(masks_of, compiler_options=QUICK, out_shardings=sharding.batch(sharding.make_mesh()))
+    split = eight(7)
+    for x in split:
+        assert len(x.sharding.device_set) == 8 and x.addressable_shards[0].data.shape[0] == 2
+    first, again, other = jax.device_get((one(7), split, one(8)))
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    assert (first.target_idx != other.target_idx).any(axis=(1, 2)).all()
+    assert (first.context_idx != other.context_idx).any(axis=1).all()
+    assert len(np.unique(first.context_idx, axis=0)) == 16  # nor is one image masked like another
+
+
+@pytest.mark.parametrize(
+    "recipe, grid, overrides, message",
+    [
+        ("released", 2, {"context_tokens": 10}, "2x2"),
+        ("corrected", 1, {"context_tokens": 10}, "model.patch_size"),
+        ("corrected", 4, {"target_scale": (0.01, 0.2)}, "mask.target_scale"),
+        ("released", 14, {"context_tokens": 170}, "169"),
+        ("corrected", 14, {"context_tokens": 197}, "196"),
+    ],
+)
+def test_impossible_settings_are_named(make_mask, recipe, grid, overrides, message):
+    with pytest.raises(UserError, match=message):
+        target_tokens(make_mask(recipe, grid, **overrides), grid)
+
+
+# Gathered features equal masked ones
+
+
+@pytest.fixture
+def networks(make_config):
+    """(method, parameters, patches, masks, rng) of 4 images of 8x8 patches; contexts and blocks differ in length."""
+    method = Method(make_config(model__size="32x2x4", predictor__width=16, data__image_size=16), steps=10)
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(functools.partial(init_state, method=method), jax.random.key(0)).params
+    params = jax.tree.map(lambda p: rng.normal(0, 0.3, p.shape).astype(np.float32), shapes)
+    order = rng.permuted(np.tile(np.arange(64, dtype=np.int32), (4, 1)), axis=1)
+    context, target = np.arange(40) < [[40], [31], [7], [1]], np.arange(5) < rng.integers(1, 6, (4, 4, 1))
+    masks = Masks(np.where(context, order[:, :40], 0), context, order[:, 40:60].reshape(4, 4, 5), target)
+    return method, params, rng.normal(size=(4, 64, 4)).astype(np.float32), masks, rng
+
+
+def encode(networks, patches, *context):
+    return np.array(jax.jit(networks[0].encoder.apply)({"params": networks[1]["encoder"]}, patches, *context))
+
+
+def test_gathered_features_equal_masked_ones(networks):
+    _, _, patches, masks, _ = networks
+    gathered = encode(networks, patches, masks.context_idx, masks.context_valid)
+    masked = encode(networks, patches, None, context_of(masks, 8))
+    valid = masks.context_valid
+    np.testing.assert_allclose(gathered[valid], take(masked, masks.context_idx)[valid], rtol=1e-5, atol=1e-5)
+    assert not np.allclose(masked, encode(networks, patches), atol=1e-2)  # the mask matters
+
+
+def test_hidden_patches_and_padding_have_no_influence(networks):
+    _, _, patches, masks, rng = networks
+    valid = masks.context_valid
+    before = encode(networks, patches, masks.context_idx, valid)[valid]
+    hidden = np.where(context_of(masks, 8)[..., None], patches, 1e3)
+    padding = np.where(valid, masks.context_idx, rng.integers(64, size=valid.shape))
+    for pixels, idx in ((hidden, masks.context_idx), (patches, padding), (hidden, padding)):
+        np.testing.assert_array_equal(encode(networks, pixels, idx, valid)[valid], before)
+
+
+def test_longer_padding_gives_the_same_predictions(networks):
+    method, params, _, masks, rng = networks
+
+    def predict(context, masks):
+        return np.array(jax.jit(method.predictor.apply)({"params": params["predictor"]}, context, masks))
+
+    def longer(idx, valid, count):
+        """With more padding, wherever it points."""
+        tail = (*idx.shape[:-1], count)
+        return (
+            np.concatenate([idx, rng.integers(64, size=tail, dtype=np.int32)], axis=-1),
+            np.concatenate([valid, np.zeros(tail, bool)], axis=-1),
+        )
+
+    context = rng.normal(size=(*masks.context_idx.shape, 32)).astype(np.float32)
+    before = predict(context, masks)
+    more = np.concatenate([context, np.full((4, 7, 32), 1e3, np.float32)], axis=1)
+    padded = Masks(*longer(masks.context_idx, masks.context_valid, 7), *longer(masks.target_idx, masks.target_valid, 5))
+    after = predict(more, padded)[:, :, : before.shape[2]]
+    valid = masks.target_valid
+    np.testing.assert_allclose(after[valid], before[valid], rtol=1e-5, atol=1e-5)
+
+    other = masks._replace(target_idx=np.concatenate([masks.target_idx[:, :1], masks.target_idx[:, 1:] ^ 1], axis=1))
+    blocks = predict(context, other)
+    np.testing.assert_allclose(blocks[:, 0][valid[:, 0]], before[:, 0][valid[:, 0]], rtol=1e-5, atol=1e-5)
+    assert np.abs(blocks[:, 1:] - before[:, 1:])[valid[:, 1:]].max() > 1e-2
+
+
+def test_masked_mean_ignores_invalid_tokens():
+    rng = np.random.default_rng(0)
+    tokens, valid = rng.normal(size=(3, 4, 6, 5)).astype(np.float32), rng.random((3, 4, 6)) < 0.5
+    valid[..., 2] = True
+    tokens[~valid] = 1e6
+    expected = [[tokens[i, j][valid[i, j]].mean(axis=0) for j in range(4)] for i in range(3)]
+    np.testing.assert_allclose(masked_mean(jnp.asarray(tokens), jnp.asarray(valid)), expected, rtol=1e-5, atol=1e-5)

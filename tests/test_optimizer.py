@@ -1,0 +1,148 @@
+"""Schedules, decay and moving average against plain formulas and PyTorch."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from cjepa_jax import optimizer, step
+from cjepa_jax.step import Method, init_state
+
+STEPS = 1000
+RATES = dict(learning_rate_start=1e-4, learning_rate=1e-3, learning_rate_end=1e-6)
+QUICK = {"xla_backend_optimization_level": 0}  # most of the time goes into compiling
+
+
+@pytest.fixture(autouse=True)
+def promotion():
+    """As in the training step: optax multiplies floats with its integer step count."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
+def make_optim(make_config):
+    def make(warmup=15.0, **overrides):
+        settings = dict(epochs=100.0, warmup_epochs=warmup, weight_decay_start=0.04, weight_decay_end=0.4)
+        return make_config(**{f"optim__{k}": v for k, v in (settings | RATES | overrides).items()}).optim
+
+    return make
+
+
+def cosine(start, end, progress):
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def rate(number, warmup):
+    start, peak, end = RATES.values()
+    if number < warmup:
+        return start + (peak - start) * number / warmup
+    return cosine(peak, end, (number - warmup) / (STEPS - warmup))
+
+
+@pytest.mark.parametrize("warmup", [0, 15, 40])
+@pytest.mark.parametrize("number", [0, 1, 75, 149, 150, 151, 400, 401, 575, 999, 1000])
+def test_learning_rate_warms_up_linearly_and_decays_on_a_cosine(make_optim, warmup, number):
+    ours = optimizer.learning_rate(make_optim(float(warmup)), STEPS)(jnp.int32(number))
+    assert float(ours) == pytest.approx(rate(number, 10 * warmup), rel=1e-4, abs=1e-9)
+
+
+def test_ends_of_the_learning_rate(make_optim):
+    ours = [float(optimizer.learning_rate(make_optim(), STEPS)(jnp.int32(s))) for s in (0, 150, STEPS)]
+    assert ours == pytest.approx(list(RATES.values()), rel=1e-4)
+
+
+@pytest.mark.parametrize("number", [0, 1, 250, 500, 999, 1000])
+def test_weight_decay_rises_on_a_cosine_over_all_steps(make_optim, number):
+    ours = optimizer.weight_decay(make_optim(), STEPS)(jnp.int32(number))
+    assert float(ours) == pytest.approx(cosine(0.04, 0.4, number / STEPS), rel=1e-5)
+
+
+@pytest.mark.parametrize("start, end", [(0.996, 1.0), (0.9, 0.99), (0.0, 0.0), (1.0, 1.0)])
+@pytest.mark.parametrize("number", [0, 1, 500, 99_999, 100_000])
+def test_ema_momentum_is_linear(make_config, start, end, number):
+    steps = 100_000  # the last step sizes are 4e-8, less than what 1 - momentum in float32 can tell from 0
+    ours = optimizer.ema_step_size(make_config(ema__start=start, ema__end=end).ema, steps)(jnp.int32(number))
+    assert float(ours) == pytest.approx(1 - start - (end - start) * number / steps, rel=1e-5, abs=1e-9)
+
+
+def test_decay_acts_on_kernels_and_the_mask_token_only(make_config):
+    method = Method(make_config(vicreg__projector=(12, 8)), steps=10)
+    params = jax.eval_shape(functools.partial(init_state, method=method), jax.random.key(0)).params
+    decays = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): decay
+        for path, decay in jax.tree.leaves_with_path(optimizer.decay_mask(params))
+    }
+    assert params["predictor"]["mask_token"].shape == (1, 1, 8)
+    assert {name.split("/")[0] for name in decays} == {"encoder", "predictor", "projector"}
+    for name, decay in decays.items():
+        assert decay == name.endswith(("/kernel", "/mask_token")), name
+    assert len(decays) > 2 * sum(decays.values())  # a bias for each kernel but the projector's, and the norms
+
+
+def test_adamw_with_its_schedules_is_that_of_torch(make_optim):
+    """Decay multiplied by the learning rate of the step, and none on vectors."""
+    optim = make_optim(learning_rate=0.02, learning_rate_start=0.004, eps=1e-3)
+    rng = np.random.default_rng(0)
+    params = {"kernel": rng.normal(size=(5, 4)).astype(np.float32), "bias": rng.normal(size=4).astype(np.float32)}
+    theirs = {name: torch.nn.Parameter(torch.tensor(p, dtype=torch.float64)) for name, p in params.items()}
+    adamw = torch.optim.AdamW([{"params": [p]} for p in theirs.values()], betas=(0.9, 0.999), eps=1e-3)
+    ours = optimizer.adamw(optim, 20)
+    state = ours.init(params)
+    for number in range(20):
+        grads = {name: rng.normal(size=p.shape).astype(np.float32) for name, p in params.items()}
+        updates, state = ours.update(grads, state, params)
+        params = jax.tree.map(lambda p, u: p + u, params, updates)
+        for group, (name, p) in zip(adamw.param_groups, theirs.items(), strict=True):
+            group["lr"] = 0.004 + 0.016 * number / 3 if number < 3 else cosine(0.02, 1e-6, (number - 3) / 17)
+            group["weight_decay"] = cosine(0.04, 0.4, number / 20) if name == "kernel" else 0
+            p.grad = torch.tensor(grads[name], dtype=torch.float64)
+        adamw.step()
+    for name, p in theirs.items():
+        np.testing.assert_allclose(params[name], p.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_target_starts_as_a_copy_of_the_encoder(make_config):
+    init = functools.partial(init_state, method=Method(make_config(), steps=10))
+    state = jax.jit(init, compiler_options=QUICK)(jax.random.key(0))
+    assert state.step == 0
+    jax.tree.map(np.testing.assert_array_equal, state.target_params, state.params["encoder"])
+
+
+@pytest.mark.parametrize("start, end", [(0.9, 1.0), (0.5, 0.5), (0.0, 0.0), (1.0, 1.0)])
+def test_target_is_the_moving_average_of_the_encoder_after_each_step(make_config, monkeypatch, start, end):
+    """In float64, for all but the rounding; of two matrices that fit an image, as the rule knows no network."""
+
+    def loss_fn(params, target_params, patches, masks, method):
+        goal = jnp.cos(patches.sum() + jnp.arange(12)).reshape(3, 4)
+        return jnp.square(params["encoder"]["a"] @ params["encoder"]["b"] - goal).sum(), ({}, patches)
+
+    monkeypatch.setattr(step, "loss_fn", loss_fn)
+    monkeypatch.setattr(step, "sample_masks", lambda *_, **__: None)
+    leaves, steps = jax.tree.leaves, 8
+    rates = dict(optim__learning_rate_start=0.03, optim__learning_rate=0.03)
+    method = Method(make_config(ema__start=start, ema__end=end, **rates), steps)
+    first = {"a": jnp.ones((3, 4)), "b": jnp.full((4, 4), 0.1)}
+    state = step.TrainState(jnp.int32(0), {"encoder": first}, first, method.optimizer.init({"encoder": first}))
+    equal = functools.partial(jax.tree.map, np.testing.assert_array_equal)
+    take_step = jax.jit(functools.partial(step.train_step, method=method), compiler_options=QUICK)
+    images = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 1), np.uint8)
+
+    average = jax.tree.map(lambda p: np.asarray(p, np.float64), first)
+    for number in range(steps):
+        momentum = start + (end - start) * number / steps
+        state, metrics, _ = take_step(state, images, jax.random.key(1))
+        average = jax.tree.map(lambda a, p, m=momentum: m * a + (1 - m) * p, average, state.params["encoder"])
+        assert float(metrics["ema_momentum"]) == pytest.approx(momentum, rel=1e-6)
+    assert all(np.abs(a - b).max() > 0.1 for a, b in zip(leaves(first), leaves(state.params["encoder"]), strict=True))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), state.target_params, average)
+    if end == 0:  # no average: an exact copy
+        equal(state.target_params, state.params["encoder"])
+    if start == 1:
+        equal(state.target_params, first)
+    if end == 1:  # reached at `steps`, one past the last step of a run
+        equal(take_step(state, images, jax.random.key(1))[0].target_params, state.target_params)

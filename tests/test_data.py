@@ -143,7 +143,8 @@ def make_data(make_config):
     """12 images a batch, RGB, and overrides."""
 
     def make(**overrides):
-        settings = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "image_size": 4, "batch_size": 12} | overrides
+        settings = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "image_size": 4, "batch_size": 12}
+        settings |= {"crop_scale": CROP["scale"], "crop_ratio": CROP["ratio"]} | overrides
         return make_config(**{f"data__{key}": value for key, value in settings.items()}).data
 
     return make

@@ -23,7 +23,8 @@ QUICK = {"xla_backend_optimization_level": 0}  # most of the time goes into comp
 @pytest.fixture
 def vicreg(make_config):
     """The coefficients differ, and gamma lies amid the stds of `draw`."""
-    return make_config(vicreg__invariance=25.0, vicreg__variance=20.0, vicreg__covariance=3.0).vicreg
+    settings = dict(weight=0.01, invariance=25.0, variance=20.0, covariance=3.0, gamma=1.0, eps=1e-4)
+    return make_config(**{f"vicreg__{key}": value for key, value in settings.items()}).vicreg
 
 
 def draw(*shape):

@@ -28,6 +28,7 @@ def promotion():
 def make_optim(make_config):
     def make(warmup=15.0, **overrides):
         settings = dict(epochs=100.0, warmup_epochs=warmup, weight_decay_start=0.04, weight_decay_end=0.4)
+        settings |= dict(beta1=0.9, beta2=0.999)
         return make_config(**{f"optim__{k}": v for k, v in (settings | RATES | overrides).items()}).optim
 
     return make
@@ -124,7 +125,7 @@ def test_target_is_the_moving_average_of_the_encoder_after_each_step(make_config
     monkeypatch.setattr(step, "loss_fn", loss_fn)
     monkeypatch.setattr(step, "sample_masks", lambda *_, **__: None)
     leaves, steps = jax.tree.leaves, 8
-    rates = dict(optim__learning_rate_start=0.03, optim__learning_rate=0.03)
+    rates = dict(optim__learning_rate_start=0.03, optim__learning_rate=0.03, optim__warmup_epochs=0.0)
     method = Method(make_config(ema__start=start, ema__end=end, **rates), steps)
     first = {"a": jnp.ones((3, 4)), "b": jnp.full((4, 4), 0.1)}
     state = step.TrainState(jnp.int32(0), {"encoder": first}, first, method.optimizer.init({"encoder": first}))

@@ -1,6 +1,11 @@
 """Checkpoints: {state, data iterator, config, fingerprint}, written by Orbax in the background."""
 
+import contextlib
+import io
 import json
+import sys
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -43,7 +48,8 @@ class Checkpointer:
             state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore()
         )
         try:
-            restored = self._manager.restore(step, args=args)
+            with _quiet_on_error():
+                restored = self._manager.restore(step, args=args)
         except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
             reason = " ".join(str(error).split())[:300]
             raise UserError(
@@ -73,6 +79,18 @@ class Checkpointer:
     def close(self) -> None:
         """Waits until everything is on disk."""
         self._manager.close()
+
+
+@contextlib.contextmanager
+def _quiet_on_error() -> Iterator[None]:
+    """Of several reads that fail, Orbax raises the first; the others' threads would print tracebacks over it."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            yield
+        except Exception:
+            time.sleep(1)  # until the other reads have failed too
+            raise
+    sys.stderr.write(said.getvalue())
 
 
 def check_workdir(workdir: epath.Path, meta: dict[str, Any]) -> None:

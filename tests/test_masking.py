@@ -186,16 +186,18 @@ def test_distribution_is_that_of_the_reference(make_mask, recipe, grid, again):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_corners_are_uniform(make_mask, recipe):
-    masks = draw(make_mask(recipe, 14), 14)
-    corner, size = bounds(masks, 14)
+def test_corners_are_uniform_and_independent(make_mask, recipe):
+    corner, size = bounds(draw(make_mask(recipe, 14), 14), 14)
+    places = longest(recipe, 14) + 1 - size  # in `released` the end is excluded
+    coordinates = ((corner + 0.5) / places).reshape(STEPS, -1)  # of both axes, all blocks, both images
+    correlation = np.corrcoef(coordinates, rowvar=False) - np.eye(coordinates.shape[1])
+    assert np.abs(correlation).max() < 5 / math.sqrt(STEPS)
     for axis in (0, 1):
         for length in np.unique(size[..., axis]):
-            drawn = corner[..., axis][size[..., axis] == length]
-            places = longest(recipe, 14) + 1 - length  # in `released` the end is excluded
-            counts, mean = np.bincount(drawn), len(drawn) / places
-            assert len(counts) == places
-            assert np.abs(counts - mean).max() < 5 * math.sqrt(mean)
+            chosen = size[..., axis] == length
+            counts, ends = np.bincount(corner[..., axis][chosen]), places[..., axis][chosen]
+            assert len(counts) == ends[0]
+            assert np.abs(counts - counts.mean()).max() < 5 * math.sqrt(counts.mean())
 
 
 @pytest.mark.parametrize("grid", [14, 16])
@@ -328,11 +330,12 @@ def test_hidden_patches_and_padding_have_no_influence(networks):
         np.testing.assert_array_equal(encode(networks, pixels, idx, valid)[valid], before)
 
 
-def test_longer_padding_gives_the_same_predictions(networks):
-    method, params, _, masks, rng = networks
+def predict(networks, context, masks):
+    return np.array(jax.jit(networks[0].predictor.apply)({"params": networks[1]["predictor"]}, context, masks))
 
-    def predict(context, masks):
-        return np.array(jax.jit(method.predictor.apply)({"params": params["predictor"]}, context, masks))
+
+def test_longer_padding_gives_the_same_predictions(networks):
+    _, _, _, masks, rng = networks
 
     def longer(idx, valid, count):
         """With more padding, wherever it points."""
@@ -343,17 +346,28 @@ def test_longer_padding_gives_the_same_predictions(networks):
         )
 
     context = rng.normal(size=(*masks.context_idx.shape, 32)).astype(np.float32)
-    before = predict(context, masks)
+    before = predict(networks, context, masks)
     more = np.concatenate([context, np.full((4, 7, 32), 1e3, np.float32)], axis=1)
     padded = Masks(*longer(masks.context_idx, masks.context_valid, 7), *longer(masks.target_idx, masks.target_valid, 5))
-    after = predict(more, padded)[:, :, : before.shape[2]]
+    after = predict(networks, more, padded)[:, :, : before.shape[2]]
     valid = masks.target_valid
     np.testing.assert_allclose(after[valid], before[valid], rtol=1e-5, atol=1e-5)
 
-    other = masks._replace(target_idx=np.concatenate([masks.target_idx[:, :1], masks.target_idx[:, 1:] ^ 1], axis=1))
-    blocks = predict(context, other)
-    np.testing.assert_allclose(blocks[:, 0][valid[:, 0]], before[:, 0][valid[:, 0]], rtol=1e-5, atol=1e-5)
-    assert np.abs(blocks[:, 1:] - before[:, 1:])[valid[:, 1:]].max() > 1e-2
+
+def test_a_block_is_predicted_from_its_own_image_and_place(networks):
+    _, _, _, masks, rng = networks
+    context = rng.normal(size=(*masks.context_idx.shape, 32)).astype(np.float32)
+    before = predict(networks, context, masks)
+    others_moved = masks.target_idx.copy()
+    others_moved[:, 1:] ^= 1
+    for changed, same in (
+        (predict(networks, np.concatenate([context[:1], -context[1:]]), masks), np.s_[:1]),
+        (predict(networks, context, masks._replace(target_idx=others_moved)), np.s_[:, :1]),
+    ):
+        alike = np.isclose(changed, before, rtol=1e-5, atol=1e-5).all(axis=-1)
+        expected = np.zeros_like(alike)
+        expected[same] = True
+        np.testing.assert_array_equal(alike[masks.target_valid], expected[masks.target_valid])
 
 
 def test_masked_mean_ignores_invalid_tokens():

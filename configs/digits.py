@@ -69,6 +69,6 @@ def get_config() -> ConfigDict:
             ema=dict(start=0.96, end=1.0),
             log=dict(every=50),
             checkpoint=dict(every=250, keep_last=2, keep_every=0),
-            eval=dict(every=250, crop_fraction=1.0, neighbours=20, shots=10, draws=5),
+            eval=dict(every=500, crop_fraction=1.0, neighbours=20, shots=10, draws=5),
         )
     )

@@ -45,12 +45,15 @@ def torchvision_box(width, height, scale, ratio, rng):
     return j, i, j + w, i + h
 
 
-@pytest.mark.parametrize("width, height", [(500, 375), (8, 8), (30, 90)])
-def test_random_box_is_distributed_as_in_torchvision(width, height):
+@pytest.mark.parametrize(
+    "width, height, crop",
+    [(500, 375, CROP), (500, 375, dict(scale=(0.08, 0.4), ratio=(0.4, 0.9))), (8, 8, CROP), (30, 90, CROP)],
+)
+def test_random_box_is_distributed_as_in_torchvision(width, height, crop):
     """No statistic differs by more than two samples do by chance (Kolmogorov-Smirnov, p = 0.001)."""
     count, theirs_rng, ours_rng = 20_000, random.Random(0), np.random.default_rng(0)
-    ours = np.array([decode.random_box(width, height, **CROP, rng=ours_rng) for _ in range(count)])
-    theirs = np.array([torchvision_box(width, height, **CROP, rng=theirs_rng) for _ in range(count)])
+    ours = np.array([decode.random_box(width, height, **crop, rng=ours_rng) for _ in range(count)])
+    theirs = np.array([torchvision_box(width, height, **crop, rng=theirs_rng) for _ in range(count)])
     assert (ours[:, :2] >= 0).all() and (ours[:, 2:] <= (width, height)).all() and (ours[:, :2] < ours[:, 2:]).all()
 
     def statistics(boxes):

@@ -17,7 +17,6 @@ from cjepa_jax.step import Method, init_state, loss_fn
 
 VIEWS = ["target_blocks", "context_target"]
 TERMS = ["invariance", "variance", "covariance"]
-QUICK = {"xla_backend_optimization_level": 0}  # most of the time goes into compiling
 
 
 @pytest.fixture
@@ -33,7 +32,7 @@ def draw(*shape):
     return (rng.normal(size=shape) * np.linspace(0.3, 2, shape[-1]) + rng.normal(size=shape[-1])).astype(np.float32)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2), compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def regularise(z, vicreg, views):
     """The terms of [M, B, d]; where the views are context and target, of the first two."""
     return losses.target_blocks(z, vicreg) if views == "target_blocks" else losses.context_target(z[0], z[1], vicreg)
@@ -176,7 +175,7 @@ def test_no_gradient_reaches_the_target_branch(make_config, views):
     masks = Masks(order[:, :8], np.ones((6, 8), bool), order[:, 8:].reshape(6, 4, 2), np.ones((6, 4, 2), bool))
     patches = rng.normal(size=(6, 16, 4)).astype(np.float32)
     gradient = jax.grad(functools.partial(loss_fn, method=method), argnums=(0, 1), has_aux=True)
-    (online, target), _ = jax.jit(gradient, compiler_options=QUICK)(params, params["encoder"], patches, masks)
+    (online, target), _ = jax.jit(gradient)(params, params["encoder"], patches, masks)
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(target))
     for network, gradients in online.items():
         assert all((leaf != 0).any() for leaf in jax.tree.leaves(gradients)), network

@@ -14,7 +14,6 @@ from cjepa_jax.step import Method, init_state
 
 STEPS = 1000
 RATES = dict(learning_rate_start=1e-4, learning_rate=1e-3, learning_rate_end=1e-6)
-QUICK = {"xla_backend_optimization_level": 0}  # most of the time goes into compiling
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +108,7 @@ def test_adamw_with_its_schedules_is_that_of_torch(make_optim):
 
 def test_target_starts_as_a_copy_of_the_encoder(make_config):
     init = functools.partial(init_state, method=Method(make_config(), steps=10))
-    state = jax.jit(init, compiler_options=QUICK)(jax.random.key(0))
+    state = jax.jit(init)(jax.random.key(0))
     assert state.step == 0
     jax.tree.map(np.testing.assert_array_equal, state.target_params, state.params["encoder"])
 
@@ -130,7 +129,7 @@ def test_target_is_the_moving_average_of_the_encoder_after_each_step(make_config
     first = {"a": jnp.ones((3, 4)), "b": jnp.full((4, 4), 0.1)}
     state = step.TrainState(jnp.int32(0), {"encoder": first}, first, method.optimizer.init({"encoder": first}))
     equal = functools.partial(jax.tree.map, np.testing.assert_array_equal)
-    take_step = jax.jit(functools.partial(step.train_step, method=method), compiler_options=QUICK)
+    take_step = jax.jit(functools.partial(step.train_step, method=method))
     images = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 1), np.uint8)
 
     average = jax.tree.map(lambda p: np.asarray(p, np.float64), first)

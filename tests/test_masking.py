@@ -19,7 +19,7 @@ from cjepa_jax.step import Method, init_state
 STEPS, BATCH = 5_000, 2  # 10,000 images; in `released` a block size belongs to a step
 KEPT = 60  # of the context tokens, where they are cut
 RECIPES = ["released", "corrected"]
-QUICK = {"xla_backend_optimization_level": 1}  # draws ten times faster than 0, and compiles faster than 3
+QUICK = {"xla_backend_optimization_level": 1}  # runs several times faster than 0, compiles faster than 3
 
 
 @pytest.fixture

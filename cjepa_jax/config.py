@@ -157,6 +157,7 @@ class Vicreg:
             gamma=self.gamma,
             eps=self.eps,
         )
+        require(self.eps > 0, f"vicreg.eps must be positive, got {self.eps}")  # else a collapsed batch has no gradient
         _at_least("vicreg", 1, **{f"projector[{i}]": w for i, w in enumerate(self.projector)})
 
 

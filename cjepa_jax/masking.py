@@ -74,8 +74,11 @@ def target_tokens(mask: Mask, grid: int) -> int:
     limit = _longest_side(mask, grid)
     require(limit >= 2, f"a grid of {grid}x{grid} patches is too small for masking: use smaller model.patch_size")
     r = np.linspace(0, 1, 100_001)
-    counts = r if mask.recipe == "released" else np.linspace(0, 1, grid * grid)[:, None]
-    height, width = _rectangle(mask, grid, _between(mask.target_scale, counts), _between(mask.target_aspect, r), np)
+    scale = _between(mask.target_scale, r)
+    if mask.recipe == "corrected":  # every number of patches with every aspect ratio
+        first, last = np.floor(grid * grid * np.array(mask.target_scale))
+        scale = (np.arange(first, last + 1)[:, None] + 0.5) / grid**2
+    height, width = _rectangle(mask, grid, scale, _between(mask.target_aspect, r), np)
     require(
         min(height.min(), width.min()) >= 1,
         f"mask.target_scale = {mask.target_scale} gives empty blocks on {grid}x{grid} patches: raise its start",

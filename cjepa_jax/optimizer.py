@@ -14,7 +14,7 @@ def learning_rate(optim: Optim, steps: int) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(
         init_value=optim.learning_rate_start,
         peak_value=optim.learning_rate,
-        warmup_steps=round(steps * optim.warmup_epochs / optim.epochs),
+        warmup_steps=min(round(steps * optim.warmup_epochs / optim.epochs), steps - 1),
         decay_steps=steps,
         end_value=optim.learning_rate_end,
     )

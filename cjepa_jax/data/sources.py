@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cjepa_jax.config import Data, UserError
+from cjepa_jax.config import Data, UserError, require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,9 @@ def load(data: Data, split: str) -> Source:
 
     Raises UserError where it does not exist or has not been prepared.
     """
-    return _LOADERS[data.source](data, split)
+    source = _LOADERS[data.source](data, split)
+    require(len(source) > 0, f"data: split {split!r} of {data.name or data.source} holds no images")
+    return source
 
 
 class _Arrays(Sequence[dict[str, Any]]):
@@ -74,7 +76,7 @@ def _select(splits: dict[str, np.ndarray], split: str) -> np.ndarray:
     try:
         instructions = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
     except (ValueError, AssertionError) as error:
-        raise UserError(f"data: split {split!r} cannot be read: {error}") from None
+        raise UserError(f"data: split {split!r} cannot be read: {_one_line(error)}") from None
     return np.concatenate([splits[i.splitname][i.from_ : i.to] for i in instructions])
 
 
@@ -87,14 +89,23 @@ def _tfds(data: Data, split: str) -> Source:
         builder = tfds.builder(data.name, data_dir=data_dir, file_format="array_record")
     except tfds.core.DatasetNotFoundError:
         raise UserError(f"data.name = {data.name!r} is not a TFDS data set (tfds.list_builders() lists them)") from None
+    except (ValueError, AssertionError) as error:  # a malformed name or version, or another file format
+        raise UserError(
+            f"data.name = {data.name!r} cannot be read as array_record in data.data_dir = {data.data_dir!r}: "
+            f"{_one_line(error)}"
+        ) from None
     if not builder.is_prepared():
         raise UserError(_how_to_prepare(builder, data))
     try:
         records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     except ValueError as error:
-        raise UserError(f"data: split {split!r} of {data.name} cannot be read: {error}") from None
+        raise UserError(f"data: split {split!r} of {data.name} cannot be read: {_one_line(error)}") from None
     content = {name: [info.num_examples, info.num_bytes] for name, info in builder.info.splits.items()}
     return Source(records, f"{builder.info.full_name} {split} {json.dumps(content, sort_keys=True)}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _how_to_prepare(builder: Any, data: Data) -> str:
@@ -105,7 +116,8 @@ def _how_to_prepare(builder: Any, data: Data) -> str:
     manual = builder.MANUAL_DOWNLOAD_INSTRUCTIONS
     root = os.path.dirname(os.path.dirname(str(builder.data_path)))
     where = f" First, into {root}/downloads/manual: {' '.join(manual.split())}" if manual else ""
-    return f'{data.name} is not prepared in {root}.{where} Then run: python -c "{command}"'
+    run = f'Then, with TensorFlow installed too, which some sets need to be built: python -c "{command}"'
+    return f"{data.name} is not prepared in {root}.{where} {run}"
 
 
 _LOADERS: dict[str, Callable[[Data, str], Source]] = {"digits": _digits, "tfds": _tfds}

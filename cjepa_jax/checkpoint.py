@@ -23,10 +23,9 @@ class Checkpointer:
     """
 
     def __init__(self, workdir: epath.Path, checkpoint: Checkpoint, meta: dict[str, Any]):
-        """Raises UserError where the workdir holds another experiment; touches nothing then."""
+        """For a workdir that `check_workdir` has accepted."""
         self._directory = workdir / "checkpoints"
         self._meta = meta
-        check_workdir(workdir, meta)
         options = ocp.CheckpointManagerOptions(
             save_interval_steps=checkpoint.every,
             max_to_keep=checkpoint.keep_last,

@@ -1,4 +1,7 @@
-"""Checkpoints: {state, data iterator, config, fingerprint}, written by Orbax in the background."""
+"""Checkpoints: {state, config, fingerprint of the images}, written by Orbax in the background.
+
+The stream of batches needs no entry: it is a function of the config and the step.
+"""
 
 import contextlib
 import io
@@ -12,7 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from cjepa_jax.config import Checkpoint, UserError, differences, require
+from cjepa_jax.config import Checkpoint, UserError, differences, one_line, require
 
 
 class Checkpointer:
@@ -34,8 +37,8 @@ class Checkpointer:
         )
         self._manager = ocp.CheckpointManager(self._directory.resolve(), options=options)
 
-    def restore(self, abstract_state: Any) -> tuple[Any, dict[str, Any]] | None:
-        """The newest (state, state of the data iterator), or None where there is none yet.
+    def restore(self, abstract_state: Any) -> Any | None:
+        """The newest state, or None where there is none yet.
 
         Abstract_state: shapes, dtypes and shardings to restore to. Raises
         UserError where the checkpoint cannot be read.
@@ -43,14 +46,12 @@ class Checkpointer:
         step = self._manager.latest_step()
         if step is None:
             return None
-        args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore()
-        )
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), meta=ocp.args.JsonRestore())
         try:
             with _quiet_on_error():
                 restored = self._manager.restore(step, args=args)
         except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error)[:300]
             raise UserError(
                 f"checkpoint {self._directory / str(step)} cannot be read; move it away to go on from the one before "
                 f"it ({reason})"
@@ -60,15 +61,13 @@ class Checkpointer:
             f"checkpoint {self._directory / str(step)} was trained on other images "
             f"({restored.meta['fingerprint']}) than data now gives ({self._meta['fingerprint']}); use another workdir",
         )
-        return restored.state, restored.data
+        return restored.state
 
-    def save(self, step: int, state: Any, data: dict[str, Any]) -> None:
+    def save(self, step: int, state: Any) -> None:
         """Saves, due or not; returns while the writing goes on."""
         if step == self._manager.latest_step():
             return
-        args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data), meta=ocp.args.JsonSave(self._meta)
-        )
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(self._meta))
         self._manager.save(step, args=args, force=True)
 
     def due(self, step: int) -> bool:

@@ -23,6 +23,11 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def one_line(message: object) -> str:
+    """A text, or an error's message, without line breaks."""
+    return " ".join(str(message).split())
+
+
 def nearest(name: str, known: typing.Iterable[str]) -> str:
     """A closing phrase for an error about an unknown name: the nearest known one, else all of them."""
     known = sorted(known)
@@ -47,22 +52,28 @@ def _interval(group: str, low: float, high: float, **values: tuple[float, float]
 class Data:
     """Where images come from and how they are cropped."""
 
-    source: Literal["digits", "tfds"]  # scikit-learn's digits, or a TFDS data set
-    name: str  # TFDS name, e.g. "imagenet2012"; unused for digits
-    data_dir: str  # where TFDS looks; "" is its default, ~/tensorflow_datasets
+    source: Literal["digits", "npz", "folder", "tfds"]  # scikit-learn's digits; the others: cjepa_jax/data/sources.py
+    name: str  # tfds: its name, e.g. "imagenet2012"; "" where data_dir is itself a data set, as `prepare` writes it
+    data_dir: str  # npz: the file; folder: the folder; tfds: where it looks, "" is its default, ~/tensorflow_datasets
     train_split: str  # TFDS syntax, slices too: "train", "train[:80%]"
     test_split: str  # images for the probes
     image_size: int  # pixels a side after cropping
     crop_scale: tuple[float, float]  # random-resized crop: share of the image's area
     crop_ratio: tuple[float, float]  # and its aspect ratio, drawn in log space
+    flip: float  # probability of a horizontal flip
+    color: float  # strength of SimCLR's colour distortion, 1 is SimCLR's own
+    blur: float  # probability of SimCLR's Gaussian blur
     mean: tuple[float, ...]  # per channel, of values in [0, 1]; its length is the channel count
     std: tuple[float, ...]
     batch_size: int  # global, over all devices and hosts
-    threads: int  # decoding threads a process; no influence on the batches
+    decoder: Literal["fast", "pillow"]  # simplejpeg and OpenCV, or exactly as torchvision, slower
+    threads: int  # decoding threads a process, 0: one a core; no influence on the batches
     prefetch: int  # batches read ahead a process
+    max_bad_fraction: float  # of the images that cannot be read and are replaced; above it the run stops
 
     def __post_init__(self):
-        _at_least("data", 1, image_size=self.image_size, threads=self.threads, prefetch=self.prefetch)
+        _at_least("data", 1, image_size=self.image_size, prefetch=self.prefetch)
+        _at_least("data", 0, color=self.color, threads=self.threads)
         _at_least("data", 2, batch_size=self.batch_size)
         _interval("data", 0.0, 1.0, crop_scale=self.crop_scale)
         _interval("data", 0.0, float("inf"), crop_ratio=self.crop_ratio)
@@ -71,6 +82,10 @@ class Data:
             f"data.mean and data.std must both have 1 or 3 numbers, got {self.mean} and {self.std}",
         )
         require(min(self.std) > 0, f"data.std must be positive, got {self.std}")
+        for key in ("flip", "blur", "max_bad_fraction"):
+            value = getattr(self, key)
+            require(0 <= value <= 1, f"data.{key} must be in [0, 1], got {value}")
+        require(self.color == 0 or self.channels == 3, "data.color needs RGB: data.mean and data.std of 3 numbers")
 
     @property
     def channels(self) -> int:
@@ -270,7 +285,15 @@ class Config:
 
 
 # What may change between two runs in one workdir: none of it alters the training.
-FREE_TO_CHANGE = ("data.data_dir", "data.threads", "data.prefetch", "log.", "checkpoint.", "eval.")
+FREE_TO_CHANGE = (
+    "data.data_dir",
+    "data.threads",
+    "data.prefetch",
+    "data.max_bad_fraction",
+    "log.",
+    "checkpoint.",
+    "eval.",
+)
 
 
 def parse(config: Mapping[str, Any]) -> Config:

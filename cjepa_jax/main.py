@@ -22,7 +22,7 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from cjepa_jax.config import UserError, parse, require
+from cjepa_jax.config import UserError, one_line, parse, require
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="The experiment, e.g. configs/digits.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where results go; default runs/<name of the config file>.")
@@ -39,7 +39,7 @@ def _parse_flags(argv: list[str]) -> None:
         reason = str(error).replace("\\n", "\n").replace("\\'", "'").split("\n")[-1].strip("'\"")
         raise UserError(f"--config has no such setting: {reason}") from None
     except (flags.Error, OSError) as error:
-        raise UserError(" ".join(str(error).split())) from None
+        raise UserError(one_line(error)) from None
     require(not rest, f"unexpected argument {rest[0] if rest else ''!r}; --help explains the command")
     require(_CONFIG.value is not None, "--config is missing, e.g. --config=configs/digits.py")
 

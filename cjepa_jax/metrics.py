@@ -18,17 +18,20 @@ _BAR = {  # metric -> its name on the bar
     "rep/std": "std",
     "rep/rank": "rank",
     "images_per_second": "img/s",
+    "data/wait_fraction": "wait",
 }
 
 
 class Metrics:
-    """Writes one line a call; also measures images per second between calls."""
+    """Writes one line a call; also measures images per second, and the share of time spent waiting for them."""
 
     def __init__(self, workdir: epath.Path, *, start: int, steps: int, batch_size: int):
         """Lines of steps after `start`, left by a run that was cut off, will come again and are dropped."""
         self._batch_size = batch_size
         self._clock: float | None = None
         self._step = start
+        self._waited = self._waited_before = 0.0
+        self._line = time.perf_counter()
         self._active = jax.process_index() == 0
         if not self._active:
             return
@@ -38,16 +41,23 @@ class Metrics:
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
         self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
 
-    def tick(self, step: int) -> None:
-        """`step` has been taken: moves the bar, and starts the clock once the first one, which compiles, is over."""
+    def tick(self, step: int, seconds_waited: float) -> None:
+        """`step` has been taken: moves the bar, and starts the clock once the first one, which compiles, is over.
+
+        seconds_waited: that the devices stood idle for want of images, in all.
+        """
+        self._waited = seconds_waited
         if self._clock is None:
             self._clock, self._step = time.perf_counter(), step
         if self._active:
             self._bar.update(step - self._bar.n)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """One line of metrics; `images_per_second` is added, over the steps since the last line."""
+        """One line of metrics, plus `data/wait_fraction` and `images_per_second`, both since the last line."""
         now = time.perf_counter()
+        waited = (self._waited - self._waited_before) / (now - self._line)
+        metrics = {**metrics, "data/wait_fraction": waited}
+        self._waited_before, self._line = self._waited, now
         if self._clock is not None and step > self._step:
             metrics = {**metrics, "images_per_second": self._batch_size * (step - self._step) / (now - self._clock)}
             self._clock, self._step = now, step
@@ -65,6 +75,10 @@ class Metrics:
             self._bar.set_postfix_str(text, refresh=False)
             if probes:
                 self._bar.write(f"step {step}: {probes}", file=sys.stderr)
+
+    def note(self, text: str) -> None:
+        """One line for the reader of the screen, above the bar."""
+        tqdm.write(text, file=sys.stderr)
 
     def pause(self) -> None:
         """What follows, a probe say, is not training: the clock starts again at the next `tick`."""

@@ -1,13 +1,16 @@
 """Pre-training, from top to bottom: checks, data, mesh, state, steps, metrics, checkpoints, probes."""
 
+import concurrent.futures
 import contextlib
 import functools
 import json
 import math
 import signal
 import sys
+import time
 from typing import Any
 
+import grain
 import jax
 import numpy as np
 from etils import epath
@@ -40,7 +43,8 @@ def train(config: Config, workdir: epath.Path) -> TrainState:
     method = Method(config, steps)
     meta: dict[str, Any] = {"config": config_lib.flatten(config), "fingerprint": train_source.fingerprint}
     checkpoint.check_workdir(workdir, meta)
-    probes = Probes(method, train_source) if config.eval.every else None
+    reader = pipeline.Reader(train_source, data)
+    probes = Probes(method, reader) if config.eval.every and train_source.classes else None
     sharding.check_batch(data.batch_size)
 
     if config.model.dtype == "float32":  # else TPUs and GPUs round the operands of float32 products
@@ -56,45 +60,49 @@ def train(config: Config, workdir: epath.Path) -> TrainState:
         donate_argnums=0,
     )
 
-    batches = pipeline.train_batches(
-        train_source, data, seed=config.seed, process=jax.process_index(), processes=jax.process_count()
-    )
     checkpoints = checkpoint.Checkpointer(workdir, config.checkpoint, meta)
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), jax.eval_shape(init, rng_init)
     )
     restored = checkpoints.restore(abstract)
-    state = init(rng_init) if restored is None else restored[0]
-    if restored is not None:
-        batches.set_state(restored[1])
+    state = init(rng_init) if restored is None else restored
     start = int(state.step)
+    batches = pipeline.train_batches(
+        reader, seed=config.seed, start=start, process=jax.process_index(), processes=jax.process_count()
+    )
     checkpoint.write_config(workdir, meta["config"])
     if jax.process_index() == 0:
-        print(_headline(method, len(train_source), state, start), file=sys.stderr, flush=True)
-        _draw_masks(train_source, rng_step, method, workdir)
+        print(_headline(method, train_source, state, start), file=sys.stderr, flush=True)
+        _draw_masks(reader, rng_step, method, workdir)
 
     log = metrics.Metrics(workdir, start=start, steps=steps, batch_size=data.batch_size)
     compiled_diagnose = jax.jit(diagnose)
-    step, stopping = start, False
-    pending = None  # metrics are fetched one step late, so that the device never waits for the host
-    with contextlib.closing(checkpoints), contextlib.closing(log), _Stop() as stop:
+    step, stopping, skipped = start, False, 0
+    running: Any = ()  # the metrics of the step that the devices work on
+    pending = None  # metrics are fetched one step late, so that the devices never wait for the host
+    with contextlib.closing(checkpoints), contextlib.closing(log), _Feed(batches, split) as feed, _Stop() as stop:
         while step < steps and not stopping:
-            images = jax.make_array_from_process_local_data(split, next(batches))
+            images = feed.take(running)
             state, step_metrics, features = take_step(state, images, rng_step)
+            jax.block_until_ready(running)  # one step ahead is enough; without end, images would pile up there
+            running = step_metrics
             step, stopping = step + 1, stop.requested
             _flush(log, pending)
             pending = None
-            log.tick(step)
+            log.tick(step, feed.seconds_waited)
             if step % config.log.every == 0 or step == steps:
-                pending = step, step_metrics | compiled_diagnose(features)
+                pending = step, step_metrics | compiled_diagnose(features) | {"data/skipped": len(reader.unreadable)}
             if checkpoints.due(step) or step == steps or stopping:
                 _check_finite(step, step_metrics)
-                checkpoints.save(step, state, batches.get_state())
+                checkpoints.save(step, state)
             if probes and step % config.eval.every == 0 and step < steps:
                 _flush(log, pending)
                 pending = None
                 log.pause()
                 log.write(step, probes.quick(state))
+            for name, reason in list(reader.unreadable.items())[skipped:]:
+                log.note(f"skipped {name}: {reason}")
+                skipped += 1
         _flush(log, pending)
         if probes and start < step == steps:
             log.write(step, probes.report(state, init(rng_init), workdir))
@@ -106,36 +114,73 @@ def train(config: Config, workdir: epath.Path) -> TrainState:
     return state
 
 
+class _Feed:
+    """Batches on the devices, one ahead of the step; knows for how long the devices stood idle for want of one."""
+
+    seconds_waited = 0.0
+
+    def __init__(self, batches: grain.DatasetIterator, sharding: jax.sharding.Sharding):
+        self._batches, self._sharding = batches, sharding
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
+        self._next = self._thread.submit(self._fetch)
+
+    def __enter__(self):
+        return self
+
+    def _fetch(self) -> jax.Array:
+        return jax.make_array_from_process_local_data(self._sharding, next(self._batches))
+
+    def take(self, running: Any) -> jax.Array:
+        """The next batch; `running` are results of the step that the devices work on meanwhile."""
+        while not (self._next.done() or all(x.is_ready() for x in jax.tree.leaves(running))):
+            time.sleep(0.0005)
+        idle_since = time.perf_counter()
+        batch = self._next.result()
+        self.seconds_waited += time.perf_counter() - idle_since
+        self._next = self._thread.submit(self._fetch)
+        return batch
+
+    def __exit__(self, *_):
+        self._thread.shutdown()
+        self._batches.close()
+
+
 class Probes:
     """kNN and linear probes on the images of both splits, with the target encoder's features."""
 
-    def __init__(self, method: Method, train_source: sources.Source):
+    def __init__(self, method: Method, train: pipeline.Reader):
         config = method.config
+        test_source = sources.load(config.data, config.data.test_split)
+        require(
+            bool(test_source.classes),
+            f"data.test_split = {config.data.test_split!r} has no labels; eval.every=0 goes without",
+        )
         self._options = config.eval
-        self._method = method
-        self._splits = [
-            pipeline.probe_images(source, config.data, crop_fraction=config.eval.crop_fraction)
-            for source in (train_source, sources.load(config.data, config.data.test_split))
-        ]
+        self._readers = train, pipeline.Reader(test_source, config.data)
         self._features = jax.jit(method.features)
 
-    def _labelled(self, encoder_params: Any) -> list[probe.Labelled]:
-        """Training and test images as features of an encoder; as pixels where there is none."""
-        sets = []
-        for images, labels in self._splits:
-            if encoder_params is None:
-                features = images.reshape(len(images), -1) / 255
-            else:
-                size = self._method.config.data.batch_size
-                chunks = [images[i : i + size] for i in range(0, len(images), size)]
-                padded = [np.concatenate([c, np.zeros((size - len(c), *c.shape[1:]), np.uint8)]) for c in chunks]
-                features = np.concatenate([jax.device_get(self._features(encoder_params, c)) for c in padded])
-            sets.append(probe.Labelled(features[: len(labels)], labels))
+    def _labelled(self, encoders: dict[str, Any]) -> dict[str, list[probe.Labelled]]:
+        """Name -> the training and the test images as features of its encoder, or as pixels where that is None."""
+        sets: dict[str, list[probe.Labelled]] = {name: [] for name in encoders}
+        for reader in self._readers:
+            features: dict[str, list[np.ndarray]] = {name: [] for name in encoders}
+            labels: list[int | None] = []
+            size = reader.data.batch_size
+            for images, batch_labels in pipeline.ordered_batches(
+                reader, size=size, crop_fraction=self._options.crop_fraction
+            ):
+                padded = np.concatenate([images, np.zeros((size - len(images), *images.shape[1:]), np.uint8)])
+                for name, params in encoders.items():
+                    found = _thumbnails(images) if params is None else jax.device_get(self._features(params, padded))
+                    features[name].append(found[: len(images)])
+                labels.extend(batch_labels)
+            for name in encoders:
+                sets[name].append(probe.Labelled(np.concatenate(features[name]), np.array(labels)))
         return sets
 
     def quick(self, state: TrainState) -> dict[str, float]:
         """`eval/knn` and `eval/linear` of the state."""
-        train, test = self._labelled(state.target_params)
+        train, test = self._labelled({"trained": state.target_params})["trained"]
         return {
             "eval/knn": probe.knn(train, test, neighbours=self._options.neighbours),
             "eval/linear": probe.linear(train, test),
@@ -145,7 +190,7 @@ class Probes:
         """Trained, untrained and raw pixels into `evaluation.json`; returns what `quick` does."""
         encoders = {"trained": state.target_params, "untrained": untrained.target_params, "raw pixels": None}
         options = {key: getattr(self._options, key) for key in ("neighbours", "shots", "draws")}
-        rows = {name: probe.table(*self._labelled(params), **options) for name, params in encoders.items()}
+        rows = {name: probe.table(*sets, **options) for name, sets in self._labelled(encoders).items()}
         if jax.process_index() == 0:
             (workdir / "evaluation.json").write_text(json.dumps(rows, indent=1) + "\n")
         return {f"eval/{name}": rows["trained"][name] for name in ("knn", "linear")}
@@ -186,14 +231,21 @@ def _check_finite(step: int, values: dict[str, jax.Array]) -> None:
             )
 
 
-def _headline(method: Method, images: int, state: TrainState, start: int) -> str:
+def _thumbnails(images: np.ndarray) -> np.ndarray:
+    """[n, H, W, C] uint8 -> pixels, every k-th where the sides are longer than 32, as features [n, D] in [0, 1]."""
+    stride = max(1, images.shape[1] // 32)
+    return images[:, stride // 2 :: stride, stride // 2 :: stride].reshape(len(images), -1) / 255
+
+
+def _headline(method: Method, source: sources.Source, state: TrainState, start: int) -> str:
     config = method.config
+    classes = f" of {len(source.classes)} classes" if source.classes else ", which have no labels"
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
     device = jax.devices()[0]
     return (
-        f"{config.model.size}/{config.model.patch_size} on {images} images, {parameters / 1e6:.2f} M parameters, "
-        f"{jax.device_count()} x {device.device_kind}, {method.steps} steps of {config.data.batch_size} images"
-        + (f", going on from step {start}" if start else "")
+        f"{config.model.size}/{config.model.patch_size} on {len(source)} images{classes}, "
+        f"{parameters / 1e6:.2f} M parameters, {jax.device_count()} x {device.device_kind}, "
+        f"{method.steps} steps of {config.data.batch_size} images" + (f", going on from step {start}" if start else "")
     )
 
 
@@ -203,10 +255,8 @@ def _farewell(workdir: epath.Path, step: int, steps: int) -> str:
     return f"finished at step {steps}; results are in {workdir}"
 
 
-def _draw_masks(source: sources.Source, rng: jax.Array, method: Method, workdir: epath.Path) -> None:
-    config, count = method.config, min(6, len(source))
-    first = pipeline.probe_images(
-        sources.Source([source.records[i] for i in range(count)], ""), config.data, crop_fraction=1.0
-    )[0]
-    sampled = jax.jit(lambda key: sample_masks(key, config.mask, grid=config.grid, batch=count))(rng)
+def _draw_masks(reader: pipeline.Reader, rng: jax.Array, method: Method, workdir: epath.Path) -> None:
+    config = method.config
+    first = next(pipeline.ordered_batches(reader, size=6, crop_fraction=1.0))[0]
+    sampled = jax.jit(lambda key: sample_masks(key, config.mask, grid=config.grid, batch=len(first)))(rng)
     plots.masks(first, jax.device_get(sampled), workdir / "masks.png", grid=config.grid)

@@ -23,11 +23,16 @@ def get_config() -> ConfigDict:
                 image_size=8,
                 crop_scale=(1.0, 1.0),  # 8x8 pixels leave nothing to crop
                 crop_ratio=(1.0, 1.0),
+                flip=0.0,
+                color=0.0,
+                blur=0.0,
                 mean=(0.5,),
                 std=(0.5,),
                 batch_size=64,
+                decoder="pillow",
                 threads=1,
                 prefetch=2,
+                max_bad_fraction=0.01,
             ),
             # At this width a plain std of 0.02 would let the position embedding drown the content.
             model=dict(size="64x3x4", patch_size=2, init="fan_in", dtype="float32"),

@@ -14,10 +14,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import sklearn.datasets
 from etils import epath
+from PIL import Image
 
 from cjepa_jax import checkpoint, train
 from cjepa_jax.config import UserError, flatten
+from cjepa_jax.data import sources
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = [
@@ -64,10 +67,11 @@ def test_workdir_holds_what_the_readme_says(finished):
     assert config["model.size"] == "16x1x2" and config["vicreg.weight"] == 0.02
     assert [line["step"] for line in lines(finished)] == list(range(1, 11))
     expected = "loss/total loss/prediction loss/variance loss/invariance loss/covariance rep/std rep/rank rep/cosine"
-    expected += " rep/block_mean_error lr weight_decay ema_momentum grad_norm"
+    expected += " rep/block_mean_error lr weight_decay ema_momentum grad_norm data/wait_fraction data/skipped"
     for line in lines(finished):
         assert set(expected.split()) <= line.keys()
         assert all(math.isfinite(value) for value in line.values())
+        assert 0 <= line["data/wait_fraction"] <= 1 and line["data/skipped"] == 0
     assert "images_per_second" in lines(finished)[-1]
     assert sorted(p.name for p in (finished / "checkpoints").iterdir() if p.is_dir()) == ["10", "5"]
     assert list((finished / "tensorboard").glob("events.*"))
@@ -83,9 +87,8 @@ def test_ten_steps_equal_five_and_a_new_process_and_five(finished, tmp_path):
     said = run("--config=configs/digits.py", f"--workdir={again}", *SMALL, *TEN_STEPS)
     assert "going on from step 5" in said
     for a, b in zip(lines(finished), lines(again), strict=True):
-        assert {k: v for k, v in a.items() if k != "images_per_second"} == {
-            k: v for k, v in b.items() if k != "images_per_second"
-        }
+        timed = {"images_per_second", "data/wait_fraction"}
+        assert {k: v for k, v in a.items() if k not in timed} == {k: v for k, v in b.items() if k not in timed}
     straight, resumed = saved_state(finished, 10), saved_state(again, 10)
     jax.tree.map(np.testing.assert_array_equal, straight, resumed)
     five = saved_state(finished, 5)
@@ -209,9 +212,9 @@ def test_other_images_are_refused(finished, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
     meta = next((workdir / "checkpoints" / "10" / "meta").iterdir())
-    meta.write_text(meta.read_text().replace("digits train 1437", "digits train 1438"))
+    meta.write_text(meta.read_text().replace("1437 images", "1438 images"))
     said = run("--config=configs/digits.py", f"--workdir={workdir}", *SMALL, *TEN_STEPS, code=2)
-    assert "was trained on other images (digits train 1438" in said
+    assert "was trained on other images (1438 images" in said
 
 
 def test_last_and_every_kth_checkpoint_stay(make_config, tmp_path):
@@ -220,7 +223,7 @@ def test_last_and_every_kth_checkpoint_stay(make_config, tmp_path):
     checkpoints = checkpoint.Checkpointer(epath.Path(tmp_path / "run"), config.checkpoint, meta)
     for step in range(1, 12):
         if checkpoints.due(step):
-            checkpoints.save(step, {"x": jax.numpy.ones(3) * step}, {"next_index": step})
+            checkpoints.save(step, {"x": jax.numpy.ones(3) * step})
     checkpoints.close()
     assert sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir() if p.is_dir()) == [4, 8, 10]
 
@@ -231,3 +234,92 @@ def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(make_config, tm
         train.train(config, epath.Path(tmp_path / "run"))
     last = max(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir() if p.is_dir())
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(saved_state(tmp_path / "run", last)["params"]))
+
+
+# Images as people have them
+
+
+FOLDER = [
+    "--config=configs/folder.py",
+    "--config.data.image_size=32",
+    "--config.model.patch_size=4",
+    "--config.mask.context_tokens=24",
+    "--config.mask.min_keep=4",
+    "--config.optim.warmup_epochs=0.5",
+    *SMALL,
+]
+
+
+def photos(root: pathlib.Path, *folders: str) -> pathlib.Path:
+    """A hundred little pictures cut from a photo, a share of them in each folder."""
+    rng = np.random.default_rng(0)
+    photo = Image.open(pathlib.Path(sklearn.datasets.__file__).parent / "images" / "china.jpg")
+    for i in range(100):
+        left, top = rng.integers(0, 580), rng.integers(0, 367)
+        target = root / folders[i % len(folders)]
+        target.mkdir(parents=True, exist_ok=True)
+        photo.crop((left, top, left + 60, top + 60)).save(target / f"{i}.jpg")
+    return root
+
+
+def test_a_folder_without_labels_trains_and_goes_on_with_the_same_images(tmp_path):
+    """A bad file is named once and counted."""
+    images = photos(tmp_path / "images", ".")
+    (images / "7.jpg").write_text("<html>")
+    where = (f"--config.data.data_dir={images}", "--config.data.max_bad_fraction=0.02", "--config.eval.every=3")
+    said = run(*FOLDER, *where, f"--workdir={tmp_path / 'a'}", "--config.optim.epochs=2")
+    assert said.count(f"skipped {images}/7.jpg: UnidentifiedImageError: cannot identify image file") == 1
+    assert "on 95 images, which have no labels" in said
+    straight = lines(tmp_path / "a")
+    assert [line["step"] for line in straight] == list(range(1, 13))
+    assert straight[-1]["data/skipped"] == 1 and "eval/knn" not in straight[-1]
+
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    shutil.rmtree(tmp_path / "b/checkpoints/12")
+    images.rename(tmp_path / "moved")
+    moved = (f"--config.data.data_dir={tmp_path / 'moved'}", "--config.data.max_bad_fraction=0.02")
+    said = run(*FOLDER, *moved, f"--workdir={tmp_path / 'b'}", "--config.optim.epochs=2", "--config.data.threads=1")
+    assert "going on from step 10" in said
+    assert [line["loss/total"] for line in lines(tmp_path / "b")] == [line["loss/total"] for line in straight]
+
+    (tmp_path / "moved/8.jpg").unlink()
+    shutil.rmtree(tmp_path / "b/checkpoints/12")
+    said = run(*FOLDER, *moved, f"--workdir={tmp_path / 'b'}", "--config.optim.epochs=2", code=2)
+    assert "was trained on other images (95 files" in said
+
+
+def test_too_many_bad_images_stop_the_run_with_one_line(tmp_path):
+    images = photos(tmp_path / "images", "cat", "dog")
+    for i in range(0, 100, 10):
+        (images / "cat" / f"{i}.jpg").write_bytes(b"")
+    said = run(*FOLDER, f"--config.data.data_dir={images}", f"--workdir={tmp_path / 'run'}", code=2)
+    assert said.splitlines()[-1].startswith("error: ") and "data.max_bad_fraction = 0.01" in said
+    assert "Traceback" not in said
+
+
+def test_labelled_folders_are_probed_and_need_labels_in_both_splits(tmp_path):
+    images = photos(tmp_path / "images", "train/cat", "train/dog", "test/cat", "test/dog")
+    where = [f"--config.data.data_dir={images}", "--config.data.test_split=test", "--config.data.train_split=train"]
+    every = ["--config.eval.every=2", "--config.optim.epochs=1"]
+    said = run(*FOLDER, *where, *every, f"--workdir={tmp_path / 'run'}")
+    assert "on 50 images of 2 classes" in said
+    assert [line["step"] for line in lines(tmp_path / "run") if "eval/knn" in line] == [2, 3]
+    for i, path in enumerate((images / "test").glob("*/*.jpg")):
+        path.rename(images / "test" / f"{i}.jpg")
+    said = run(*FOLDER, *where, *every, f"--workdir={tmp_path / 'other'}", code=2)
+    assert "data.test_split = 'test' has no labels" in said
+
+
+def test_waiting_for_images_is_measured(make_config, tmp_path, monkeypatch):
+    """Each image takes 10 ms to read, which is far longer than the step."""
+    slow = sources.Source.read
+
+    def read(self, index):
+        time.sleep(0.01)
+        return slow(self, index)
+
+    monkeypatch.setattr(sources.Source, "read", read)
+    config = make_config(log__every=1, optim__epochs=0.12, optim__warmup_epochs=0.02)
+    train.train(config, epath.Path(tmp_path / "run"))
+    waited = [line["data/wait_fraction"] for line in lines(tmp_path / "run")]
+    assert np.median(waited[3:]) > 0.5

@@ -1,60 +1,139 @@
-"""Grain pipelines: the endless stream of training batches, and the images of a probe.
+"""The endless stream of training batches, by Grain, and a split's images in order.
 
-The global stream (shuffle, crops) is a function of the seed alone; process p of
-n takes every n-th image of it. So the n-th global batch holds the same images
-for any number of processes and threads, and the state of the stream is the
-number of batches taken.
+The global stream (shuffle, crops, augmentation) is a function of the seed alone;
+process p of n takes every n-th image of it. So the k-th global batch holds the
+same images for any number of processes and threads, and the number of batches
+taken says all there is to know to go on.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
-from typing import Any
+import functools
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator
 
 import grain
 import numpy as np
 
-from cjepa_jax.config import Data, require
+from cjepa_jax.config import Data, UserError, one_line, require
 from cjepa_jax.data import decode
+from cjepa_jax.data.augment import augment
 from cjepa_jax.data.sources import Source
+
+_CHUNK = 8  # images a thread prepares at a time: fewer, larger pieces of work for Grain to keep in order
+_TRIES = 100  # of images that stand in for an unreadable one
+
+
+def threads(data: Data) -> int:
+    """How many threads decode."""
+    return data.threads or os.cpu_count() or 1
+
+
+class Reader:
+    """Crops of a source's images; remembers those that cannot be read. Shared by the loader's threads."""
+
+    def __init__(self, source: Source, data: Data):
+        self.source = source
+        self.data = data
+        self.unreadable: dict[str, str] = {}  # name -> why
+        self._tried = 0
+        self._lock = threading.Lock()
+
+    def crop(self, index: int, choose_box: Callable[[int, int], decode.Box]) -> tuple[np.ndarray, int | None]:
+        """([H, W, C] uint8, label) of an image.
+
+        Raises UnreadableError, and UserError where there are too many such images.
+        """
+        data = self.data
+        with self._lock:
+            self._tried += 1
+        try:
+            record = self.source.read(index)
+            pixels = decode.crop(
+                record["image"], choose_box, size=data.image_size, channels=data.channels, decoder=data.decoder
+            )
+        except decode.UnreadableError as error:
+            self._remember(index, one_line(error))
+            raise
+        return pixels, record["label"]
+
+    def _remember(self, index: int, reason: str) -> None:
+        name, limit = self.source.name(index), self.data.max_bad_fraction
+        with self._lock:
+            self.unreadable[name] = reason
+            # Not of the first few alone, where one is already a large share.
+            share = len(self.unreadable) / max(self._tried, min(1000, len(self.source)))
+        require(
+            share <= limit,
+            f"{share:.1%} of the images tried cannot be read, more than data.max_bad_fraction = {limit}; "
+            f"the last one: {name} ({reason})",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class _RandomCrop(grain.transforms.RandomMap):
-    data: Data
+    """Index of an image -> its random crop [H, W, C] uint8."""
 
-    def random_map(self, record: dict[str, Any], rng: np.random.Generator) -> np.ndarray:
-        image = decode.open_image(record["image"], self.data.channels)
-        box = decode.random_box(*image.size, scale=self.data.crop_scale, ratio=self.data.crop_ratio, rng=rng)
-        return decode.resize(image, box, self.data.image_size)
+    reader: Reader
+
+    def random_map(self, index: int, rng: np.random.Generator) -> np.ndarray:
+        data = self.reader.data
+        choose_box = functools.partial(decode.random_box, scale=data.crop_scale, ratio=data.crop_ratio, rng=rng)
+        for _ in range(_TRIES):
+            try:
+                return augment(self.reader.crop(index, choose_box)[0], data, rng)
+            except decode.UnreadableError:
+                index = int(rng.integers(len(self.reader.source)))  # another one takes its place
+        raise UserError(f"{_TRIES} images in a row cannot be read, the last one: {self.reader.source.name(index)}")
 
 
 def train_batches(
-    source: Source, data: Data, *, seed: int, process: int = 0, processes: int = 1
+    reader: Reader, *, seed: int, start: int = 0, process: int = 0, processes: int = 1
 ) -> grain.DatasetIterator:
-    """Endless iterator over this process's share of the batches, [B / processes, H, W, C] uint8.
+    """Endless iterator over this process's share of the batches from `start` on, [B / processes, H, W, C] uint8.
 
     Every image comes once an epoch, in an order that the seed and the epoch
-    give; a batch may hold the end of one epoch and the start of the next.
+    give; a batch may hold the end of one epoch and the start of the next. In the
+    place of an image that cannot be read stands a random other one.
+
+    Raises UserError where the processes cannot share a batch, and, in the midst,
+    where too many images cannot be read.
     """
+    data = reader.data
     require(
         data.batch_size % processes == 0,
         f"data.batch_size = {data.batch_size} is not divisible by the {processes} processes",
     )
-    stream = grain.MapDataset.source(source.records).seed(seed).shuffle().repeat().random_map(_RandomCrop(data))
-    batches = stream[process::processes].batch(data.batch_size // processes, drop_remainder=True)
-    options = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=data.prefetch)
-    return iter(batches.to_iter_dataset(options))
+    share = data.batch_size // processes
+    chunk = math.gcd(share, _CHUNK)
+    indices = grain.MapDataset.range(len(reader.source)).seed(seed).shuffle().repeat()
+    chunks = indices.random_map(_RandomCrop(reader))[process::processes].batch(chunk, drop_remainder=True)
+    options = grain.ReadOptions(num_threads=threads(data), prefetch_buffer_size=data.prefetch * share // chunk)
+    batches = iter(chunks.to_iter_dataset(options).batch(share // chunk, batch_fn=np.concatenate))
+    batches.set_state({"next_index": start * share // chunk})
+    return batches
 
 
-def probe_images(source: Source, data: Data, *, crop_fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """All images of a source, centrally cropped, [n, H, W, C] uint8, and their labels [n]."""
+def ordered_batches(
+    reader: Reader, *, size: int, crop_fraction: float
+) -> Iterator[tuple[np.ndarray, list[int | None]]]:
+    """A source's readable images, centrally cropped: ([n, H, W, C] uint8, n labels), n at most `size`.
 
-    def one(index: int) -> tuple[np.ndarray, int]:
-        record = source.records[index]
-        image = decode.open_image(record["image"], data.channels)
-        box = decode.central_box(*image.size, fraction=crop_fraction)
-        return decode.resize(image, box, data.image_size), record["label"]
+    Raises UserError where too many cannot be read.
+    """
+    choose_box = functools.partial(decode.central_box, fraction=crop_fraction)
 
-    with concurrent.futures.ThreadPoolExecutor(data.threads) as pool:
-        images, labels = zip(*pool.map(one, range(len(source))), strict=True)
-    return np.stack(images), np.array(labels)
+    def one(index: int) -> tuple[np.ndarray, int | None] | None:
+        with contextlib.suppress(decode.UnreadableError):
+            return reader.crop(index, choose_box)
+        return None
+
+    images = len(reader.source)
+    with concurrent.futures.ThreadPoolExecutor(threads(reader.data)) as pool:
+        for start in range(0, images, size):
+            found = [crop for crop in pool.map(one, range(start, min(start + size, images))) if crop]
+            if found:
+                yield np.stack([pixels for pixels, _ in found]), [label for _, label in found]

@@ -1,58 +1,107 @@
-"""Where images come from: random access to records, each {"image", "label"}.
+"""Where images come from: random access to records {"image", "label"}.
 
-An image is a PIL image or the bytes of an image file; a label an int. Splits
-are TFDS split expressions everywhere.
+An image is the bytes of an image file or pixels [H, W] or [H, W, 3] uint8; a label
+is an int, or None. Splits are TFDS split expressions everywhere. By `data.source`:
+
+digits  scikit-learn's 1,797 scanned digits; splits train and test.
+npz     `data.data_dir` is a file of arrays SPLIT_images [n, H, W] or [n, H, W, 3]
+        uint8 and, where there are labels, SPLIT_labels [n] or [n, 1].
+folder  `data.data_dir` is a folder of images: see folder.py.
+tfds    A data set in ArrayRecord files, by its TFDS name, or, with an empty name,
+        `data.data_dir` itself, as `python -m cjepa_jax.data.prepare` writes it.
 """
 
 import dataclasses
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from etils import epath
 
-from cjepa_jax.config import Data, UserError, require
+from cjepa_jax.config import Data, UserError, one_line, require
+from cjepa_jax.data import folder
+from cjepa_jax.data.decode import UnreadableError
+
+Record = dict[str, Any]  # {"image", "label"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
     """One split of a data set."""
 
-    records: Sequence[dict[str, Any]]
+    records: Sequence[Record]
     fingerprint: str  # tells this split's content from any other's
+    classes: tuple[str, ...]  # names of the labels; () where images have none
+    name: Callable[[int], str]  # where record i comes from, for messages
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def read(self, index: int) -> Record:
+        """Record `index`; UnreadableError where storage does not give it."""
+        try:
+            return self.records[index]
+        except Exception as error:  # each kind of storage fails in its own way
+            raise UnreadableError(f"{type(error).__name__}: {error}") from error
 
 
 def load(data: Data, split: str) -> Source:
     """The split of the source that `data` names.
 
-    Raises UserError where it does not exist or has not been prepared.
+    Raises UserError where it does not exist, cannot be prepared, or holds no images.
     """
     source = _LOADERS[data.source](data, split)
     require(len(source) > 0, f"data: split {split!r} of {data.name or data.source} holds no images")
     return source
 
 
-class _Arrays(Sequence[dict[str, Any]]):
-    """Images [n, H, W] or [n, H, W, 3] uint8 in memory."""
+class _Records(Sequence[Record]):
+    """Records made from an index, on demand."""
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray):
-        self._images, self._labels = images, labels
+    def __init__(self, length: int, read: Callable[[int], Record]):
+        self._length, self._read = length, read
 
     def __len__(self) -> int:
-        return len(self._images)
+        return self._length
 
     def __getitem__(self, index):
-        return {"image": Image.fromarray(self._images[index]), "label": int(self._labels[index])}
+        return self._read(range(self._length)[index])
+
+
+def from_arrays(
+    images: np.ndarray, labels: np.ndarray | None = None, *, name: str = "array", classes: tuple[str, ...] = ()
+) -> Source:
+    """Images [n, H, W] or [n, H, W, 3] uint8 and labels [n] or [n, 1], in memory, as one split.
+
+    Raises UserError for other shapes and types.
+    """
+    require(
+        images.dtype == np.uint8 and (images.ndim == 3 or (images.ndim == 4 and images.shape[-1] == 3)),
+        f"{name}: images must be [n, H, W] or [n, H, W, 3] uint8, got {images.shape} {images.dtype}",
+    )
+    digest = hashlib.sha256(np.ascontiguousarray(images).data)
+    if labels is not None:
+        require(
+            np.issubdtype(labels.dtype, np.integer) and labels.size == len(images) == len(labels),
+            f"{name}: labels must be {len(images)} integers, got {labels.shape} {labels.dtype}",
+        )
+        labels = labels.reshape(-1).astype(np.int32)
+        digest.update(labels.data)
+        classes = classes or tuple(str(i) for i in range(labels.max(initial=-1) + 1))
+
+    def read(index: int) -> Record:
+        return {"image": images[index], "label": None if labels is None else int(labels[index])}
+
+    fingerprint = f"{len(images)} images {digest.hexdigest()[:16]}"
+    return Source(_Records(len(images), read), fingerprint, classes, lambda index: f"{name}[{index}]")
 
 
 def _digits(data: Data, split: str) -> Source:
-    """scikit-learn's 1,797 scanned digits of 8x8 pixels; a stratified fifth of them is the test split."""
+    """A stratified fifth of the digits is the test split."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -60,64 +109,140 @@ def _digits(data: Data, split: str) -> Source:
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)
     labels = digits.target.astype(np.int32)
     train, test = train_test_split(np.arange(len(labels)), test_size=360, stratify=labels, random_state=0)
-    index = _select({"train": train, "test": test}, split)
-    images, labels = images[index], labels[index]
-    digest = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()[:16]
-    return Source(_Arrays(images, labels), f"digits {split} {len(index)} {digest}")
+    splits = {"train": train, "test": test}
+    index = np.concatenate([splits[name][part] for name, part in _parts(split, **splits)])
+    return from_arrays(images[index], labels[index], name=f"digits {split}")
 
 
-def _select(splits: dict[str, np.ndarray], split: str) -> np.ndarray:
-    """The indices that a split expression such as "train[:80%]" selects."""
+def _npz(data: Data, split: str) -> Source:
+    path = os.path.expanduser(data.data_dir)
+    try:
+        with np.load(path) as file:
+            arrays = dict(file)
+    except (OSError, ValueError, AttributeError, TypeError) as error:  # AttributeError, TypeError: an .npy file
+        raise UserError(f"data.data_dir = {data.data_dir!r} is no readable .npz file: {one_line(error)}") from None
+    images = {key.removesuffix("_images"): array for key, array in arrays.items() if key.endswith("_images")}
+    require(bool(images), f"{path} holds no array named SPLIT_images, only {', '.join(arrays)}")
+    parts = _parts(split, **images)
+    labels = [arrays[f"{name}_labels"][part] for name, part in parts if f"{name}_labels" in arrays]
+    return from_arrays(
+        np.concatenate([images[name][part] for name, part in parts]),
+        np.concatenate(labels) if len(labels) == len(parts) else None,
+        name=f"{path} {split}",
+    )
+
+
+def _folder(data: Data, split: str) -> Source:
+    require(bool(data.data_dir), "data.data_dir is empty: --config.data.data_dir=FOLDER names the folder of images")
+    found = folder.scan(data.data_dir)
+    files = [file for name, part in _parts(split, **found.splits) for file in found.splits[name][part]]
+
+    def read(index: int) -> Record:
+        with open(os.path.join(found.root, files[index].path), "rb") as file:
+            return {"image": file.read(), "label": files[index].label}
+
+    classes = found.classes if all(file.label is not None for file in files) else ()
+    return Source(
+        _Records(len(files), read),
+        f"{len(files)} files {folder.fingerprint(files)}",
+        classes,
+        lambda index: os.path.join(found.root, files[index].path),
+    )
+
+
+def _parts(split: str, **splits: Sequence[Any]) -> list[tuple[str, slice]]:
+    """What a split expression such as "train[:80%]+test" selects of named sequences."""
     import tensorflow_datasets as tfds
 
     infos = {
-        name: tfds.core.SplitInfo(name=name, shard_lengths=[len(index)], num_bytes=0) for name, index in splits.items()
+        name: tfds.core.SplitInfo(name=name, shard_lengths=[len(items)], num_bytes=0) for name, items in splits.items()
     }
     try:
         instructions = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
     except (ValueError, AssertionError) as error:
-        raise UserError(f"data: split {split!r} cannot be read: {_one_line(error)}") from None
-    return np.concatenate([splits[i.splitname][i.from_ : i.to] for i in instructions])
+        raise UserError(f"data: split {split!r} cannot be read: {one_line(error)}") from None
+    return [(i.splitname, slice(i.from_, i.to)) for i in instructions]
 
 
 def _tfds(data: Data, split: str) -> Source:
-    """A data set that TFDS has prepared as ArrayRecord files; images stay encoded."""
+    """Images stay encoded until a loader thread crops them."""
     import tensorflow_datasets as tfds
 
-    data_dir = os.path.expanduser(data.data_dir) or None
+    builder = _builder(data)
+    features = builder.info.features
+    images = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
+    labels = [key for key, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
+    require(bool(images), f"data: {builder.info.full_name} has no image, only {', '.join(features)}")
+    image_key = "image" if "image" in images else images[0]
+    label_key = "label" if "label" in labels else next(iter(labels), None)
     try:
-        builder = tfds.builder(data.name, data_dir=data_dir, file_format="array_record")
+        records = builder.as_data_source(split, decoders={key: tfds.decode.SkipDecoding() for key in images})
+    except ValueError as error:
+        raise UserError(
+            f"data: split {split!r} of {builder.info.full_name} cannot be read: {one_line(error)}"
+        ) from None
+
+    def read(index: int) -> Record:
+        record = records[index]
+        label = -1 if label_key is None else int(record[label_key])
+        return {"image": record[image_key], "label": None if label < 0 else label}  # TFDS' unknown label is -1
+
+    content = {name: [info.num_examples, info.num_bytes] for name, info in builder.info.splits.items()}
+    return Source(
+        _Records(len(records), read),
+        f"{builder.info.full_name} {split} {json.dumps(content, sort_keys=True)}",
+        tuple(features[label_key].names) if label_key else (),
+        lambda index: f"{builder.info.full_name} {split}[{index}]",
+    )
+
+
+def _builder(data: Data) -> Any:
+    """The prepared builder; prepares it where TFDS can do so by itself."""
+    import tensorflow_datasets as tfds
+
+    data_dir = os.path.expanduser(data.data_dir)
+    if not data.name:
+        require(
+            (epath.Path(data_dir) / "dataset_info.json").exists(),
+            f"data.name is empty, and data.data_dir = {data.data_dir!r} has no dataset_info.json: it is no data set",
+        )
+        return tfds.builder_from_directory(data_dir)
+    try:
+        builder = tfds.builder(data.name, data_dir=data_dir or None, file_format="array_record")
     except tfds.core.DatasetNotFoundError:
         raise UserError(f"data.name = {data.name!r} is not a TFDS data set (tfds.list_builders() lists them)") from None
     except (ValueError, AssertionError) as error:  # a malformed name or version, or another file format
         raise UserError(
             f"data.name = {data.name!r} cannot be read as array_record in data.data_dir = {data.data_dir!r}: "
-            f"{_one_line(error)}"
+            f"{one_line(error)}"
         ) from None
     if not builder.is_prepared():
-        raise UserError(_how_to_prepare(builder, data))
-    try:
-        records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-    except ValueError as error:
-        raise UserError(f"data: split {split!r} of {data.name} cannot be read: {_one_line(error)}") from None
-    content = {name: [info.num_examples, info.num_bytes] for name, info in builder.info.splits.items()}
-    return Source(records, f"{builder.info.full_name} {split} {json.dumps(content, sort_keys=True)}")
+        print(f"preparing {data.name} in {builder.data_path}", file=sys.stderr, flush=True)
+        try:
+            builder.download_and_prepare()
+        except Exception as error:  # no network, no TensorFlow, files to be placed by hand, no space, ...
+            raise UserError(_how_to_prepare(builder, data, one_line(error))) from None
+    return builder
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def _how_to_prepare(builder: Any, data: Data) -> str:
+def _how_to_prepare(builder: Any, data: Data, reason: str) -> str:
     arguments = f"{data.name!r}, file_format='array_record'" + (
         f", data_dir={data.data_dir!r}" if data.data_dir else ""
     )
     command = f"import tensorflow_datasets as tfds; tfds.builder({arguments}).download_and_prepare()"
     manual = builder.MANUAL_DOWNLOAD_INSTRUCTIONS
     root = os.path.dirname(os.path.dirname(str(builder.data_path)))
-    where = f" First, into {root}/downloads/manual: {' '.join(manual.split())}" if manual else ""
-    run = f'Then, with TensorFlow installed too, which some sets need to be built: python -c "{command}"'
-    return f"{data.name} is not prepared in {root}.{where} {run}"
+    where = f" First, into {root}/downloads/manual: {one_line(manual)}" if manual else ""
+    return (
+        f"{data.name} could not be prepared in {root} ({reason[:300]}).{where} Then, where TensorFlow is installed "
+        f'too, which some sets need to be built: python -c "{command}". Images in folders need neither: see '
+        "python -m cjepa_jax.data.prepare --help"
+    )
 
 
-_LOADERS: dict[str, Callable[[Data, str], Source]] = {"digits": _digits, "tfds": _tfds}
+_LOADERS: dict[str, Callable[[Data, str], Source]] = {
+    "digits": _digits,
+    "npz": _npz,
+    "folder": _folder,
+    "tfds": _tfds,
+}

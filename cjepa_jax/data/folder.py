@@ -1,0 +1,102 @@
+"""A folder of images: its splits, its labels, its files in a fixed random order."""
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Iterator
+
+from cjepa_jax.config import UserError, require
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+SPLITS = ("train", "val", "valid", "validation", "test")
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """One image file."""
+
+    path: str  # relative to the folder, with "/"
+    bytes: int
+    label: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """All image files of a folder.
+
+    Where the folder holds one named as in `SPLITS`, such folders are the splits;
+    otherwise all of it is the split "train". In each, the first folders that not all
+    images share are the classes; where an image lies beside them, it has no labels.
+    """
+
+    root: str
+    splits: dict[str, list[File]]  # each in an order that the hashes of the paths give
+    classes: tuple[str, ...]  # over all splits, sorted; () where there are no labels
+
+    def fingerprint(self, split: str) -> str:
+        """TEMP"""
+        return fingerprint(self.splits[split])
+
+
+def fingerprint(files: list[File]) -> str:
+    """Of paths, sizes and labels; not of what is in the files, which would have to be read whole."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(os.fsencode(f"{file.path}\0{file.bytes}\0{file.label}\n"))
+    return digest.hexdigest()[:16]
+
+
+def scan(root: str) -> Folder:
+    """Lists the image files below `root`, however deep, by their suffixes; hidden ones are left out.
+
+    Raises UserError where there is no such folder or no image in it.
+    """
+    root = os.path.expanduser(root)
+    require(os.path.isdir(root), f"the folder of images {root} does not exist")
+    names = [name for name in SPLITS if os.path.isdir(os.path.join(root, name))]
+    found = {name: list(_walk(root, name)) for name in names} or {"train": list(_walk(root, ""))}
+    found = {name: files for name, files in found.items() if files}
+    require(bool(found), f"the folder {root} holds no images ({', '.join(SUFFIXES)})")
+    class_of = {split: _classes([path for path, _ in files]) for split, files in found.items()}
+    classes = sorted({name for names in class_of.values() for name in names.values()})
+    index = {name: i for i, name in enumerate(classes)}
+    splits = {}
+    for split, files in found.items():
+        class_here = class_of[split]
+        prefix = f"{split}/" if names else ""
+        listed = [File(prefix + path, size, index[class_here[path]] if class_here else None) for path, size in files]
+        # Not the order of the disk: a slice such as train[:95%] is to be a random sample.
+        splits[split] = sorted(listed, key=lambda file: (hashlib.sha256(os.fsencode(file.path)).digest(), file.path))
+    return Folder(root, splits, tuple(classes))
+
+
+def _walk(root: str, below: str) -> Iterator[tuple[str, int]]:
+    """(path relative to root/below, bytes) of each image file; links are followed, but not round in circles."""
+    base = os.path.join(root, below)
+    open_folders: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(base),))]
+    while open_folders:
+        relative, above = open_folders.pop()
+        try:
+            entries = list(os.scandir(os.path.join(base, relative)))
+        except OSError as error:
+            raise UserError(f"the folder {os.path.join(base, relative)} cannot be listed: {error.strerror}") from None
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            path = relative + entry.name
+            if entry.is_dir():
+                real = os.path.realpath(entry.path)
+                if real not in above:
+                    open_folders.append((path + "/", (*above, real)))
+            elif entry.name.lower().endswith(SUFFIXES) and entry.is_file():
+                yield path, entry.stat().st_size
+
+
+def _classes(paths: list[str]) -> dict[str, str]:
+    """Path -> its class, for the paths of a split; empty where it has no labels."""
+    folders = {os.path.dirname(path) for path in paths}
+    common = os.path.commonpath(folders)
+    if common in folders:  # an image lies above the classes, or all lie in one folder
+        return {}
+    depth = common.count("/") + 1 if common else 0
+    return {path: path.split("/")[depth] for path in paths}

@@ -1,0 +1,410 @@
+"""Crops against torchvision's rule and Pillow's pixels; pictures of every kind; files that are no good."""
+
+import io
+import math
+import pathlib
+import random
+
+import cv2
+import numpy as np
+import pytest
+import sklearn.datasets
+from PIL import Image
+
+from cjepa_jax.config import UserError
+from cjepa_jax.data import decode
+from cjepa_jax.data.augment import augment
+
+PHOTOS = sorted((pathlib.Path(sklearn.datasets.__file__).parent / "images").glob("*.jpg"))  # two JPEGs of 640x427
+
+CROP = dict(scale=(0.3, 1.0), ratio=(3 / 4, 4 / 3))
+
+
+# Boxes
+
+
+def torchvision_box(width, height, scale, ratio, rng):
+    """RandomResizedCrop.get_params, line by line -> left, top, right, bottom."""
+    for _ in range(10):
+        target_area = width * height * rng.uniform(*scale)
+        aspect_ratio = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w = round(math.sqrt(target_area * aspect_ratio))
+        h = round(math.sqrt(target_area / aspect_ratio))
+        if 0 < w <= width and 0 < h <= height:
+            i, j = rng.randint(0, height - h), rng.randint(0, width - w)
+            return j, i, j + w, i + h
+    in_ratio = width / height
+    if in_ratio < min(ratio):
+        w = width
+        h = round(w / min(ratio))
+    elif in_ratio > max(ratio):
+        h = height
+        w = round(h * max(ratio))
+    else:
+        w, h = width, height
+    i, j = (height - h) // 2, (width - w) // 2
+    return j, i, j + w, i + h
+
+
+@pytest.mark.parametrize(
+    "width, height, crop",
+    [(500, 375, CROP), (500, 375, dict(scale=(0.08, 0.4), ratio=(0.4, 0.9))), (8, 8, CROP), (30, 90, CROP)],
+)
+def test_random_box_is_distributed_as_in_torchvision(width, height, crop):
+    """No statistic differs by more than two samples do by chance (Kolmogorov-Smirnov, p = 0.001)."""
+    count, theirs_rng, ours_rng = 20_000, random.Random(0), np.random.default_rng(0)
+    ours = np.array([decode.random_box(width, height, **crop, rng=ours_rng) for _ in range(count)])
+    theirs = np.array([torchvision_box(width, height, **crop, rng=theirs_rng) for _ in range(count)])
+    assert (ours[:, :2] >= 0).all() and (ours[:, 2:] <= (width, height)).all() and (ours[:, :2] < ours[:, 2:]).all()
+
+    def statistics(boxes):
+        left, top, right, bottom = boxes.T
+        w, h = right - left, bottom - top
+        return left, top, right, bottom, w, h, w * h, w / h, left / (width - w + 1), top / (height - h + 1)
+
+    for a, b in zip(statistics(ours), statistics(theirs), strict=True):
+        places = np.unique(np.concatenate([a, b]))
+        shares = [np.searchsorted(np.sort(x), places, side="right") / count for x in (a, b)]
+        assert np.abs(shares[0] - shares[1]).max() < 1.95 * math.sqrt(2 / count)
+
+
+@pytest.mark.parametrize("width, height", [(1, 100), (100, 1), (1000, 3), (3, 1001), (7, 1000)])
+def test_random_box_of_a_thin_image_is_central(width, height):
+    expected = torchvision_box(width, height, **CROP, rng=random.Random(0))
+    assert decode.random_box(width, height, **CROP, rng=np.random.default_rng(0)) == expected
+
+
+@pytest.mark.parametrize(
+    "width, height, fraction, box",
+    [
+        (8, 8, 1.0, (0, 0, 8, 8)),
+        (500, 375, 1.0, (62, 0, 437, 375)),
+        (256, 320, 224 / 256, (16, 48, 240, 272)),
+        (400, 100, 0.5, (175, 25, 225, 75)),
+    ],
+)
+def test_central_box_is_a_share_of_the_short_side(width, height, fraction, box):
+    assert decode.central_box(width, height, fraction=fraction) == pytest.approx(box)
+
+
+# Pixels
+
+
+def pillow(picture, box, size):
+    """What torchvision makes of a box: decode, crop, bilinear with antialiasing."""
+    return np.asarray(Image.open(io.BytesIO(picture)).convert("RGB").crop(box).resize((size, size), Image.BILINEAR))
+
+
+def psnr(a, b):
+    return 10 * np.log10(255**2 / max(1e-9, np.mean((a.astype(float) - b) ** 2)))
+
+
+def crop(picture, box=None, *, size=24, channels=3, decoder="fast"):
+    """The box, or all of the picture."""
+    return decode.crop(picture, lambda w, h: box or (0, 0, w, h), size=size, channels=channels, decoder=decoder)
+
+
+def encoded(image, form="png", **options):
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("size, box", [(224, (100, 30, 480, 370)), (32, (0, 0, 640, 427)), (224, (40, 50, 120, 110))])
+def test_pillow_crops_are_torchvisions_bit_for_bit(size, box):
+    for path in PHOTOS:
+        picture = path.read_bytes()
+        resized = crop(picture, box, size=size, decoder="pillow")
+        np.testing.assert_array_equal(resized, pillow(picture, box, size))
+
+
+@pytest.mark.parametrize("size", [224, 160, 96])
+def test_fast_crops_are_close_to_pillows(size):
+    """At least 40 dB in the median, shrunk decoding included."""
+    rng = np.random.default_rng(0)
+    found, aliased = [], []
+    for path in PHOTOS:
+        picture = path.read_bytes()
+        pixels = np.asarray(Image.open(path))
+        for _ in range(20):
+            box = decode.random_box(640, 427, **CROP, rng=rng)
+            left, top, right, bottom = box
+            expected = pillow(picture, box, size)
+            found.append(psnr(crop(picture, box, size=size), expected))
+            aliased.append(psnr(cv2.resize(pixels[top:bottom, left:right], (size, size)), expected))
+    assert np.median(found) > 40 and min(found) > 30
+    assert np.median(found) > np.median(aliased) + 3  # the comparison can tell
+
+
+@pytest.mark.parametrize("box", [(0, 0, 640, 427), (101, 33, 622, 417), (3, 5, 635, 420)])
+def test_a_shrunk_decode_does_not_move_the_picture(box):
+    """Half a pixel of the result to either side fits worse."""
+    picture = PHOTOS[0].read_bytes()
+    for size in (40, 100, 190):  # decoded at an eighth, a quarter and a half
+        found, expected = crop(picture, box, size=size), pillow(picture, box, size)
+        half = (box[2] - box[0]) // size // 2 or 1
+        for dx, dy in ((half, 0), (-half, 0), (0, half), (0, -half)):
+            left, top, right, bottom = box
+            shifted = np.asarray(
+                Image.open(PHOTOS[0])
+                .crop((left + dx, top + dy, right + dx, bottom + dy))
+                .resize((size, size), Image.BILINEAR)
+            )
+            inner = slice(2, -2)
+            assert psnr(found[inner, inner], expected[inner, inner]) > psnr(found[inner, inner], shifted[inner, inner])
+
+
+@pytest.mark.parametrize("scale", [0.4, 1.0, 1.2, 1.5, 2.0, 2.2, 3.0, 5.5])
+def test_the_low_pass_has_the_variance_that_a_triangle_wants(scale):
+    """Linear interpolation has 1/6 in the mean, Pillow's triangle scale^2 / 6: the taps add the difference."""
+    taps = decode._low_pass(scale).astype(float)
+    offsets = np.arange(len(taps)) - len(taps) // 2
+    assert taps.sum() == pytest.approx(1) and (taps >= 0).all()
+    assert (taps * offsets**2).sum() == pytest.approx(max(0, scale**2 - 1) / 6, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("decoder", ["fast", "pillow"])
+def test_channels_are_in_order_and_grey_is_luma(decoder):
+    red = encoded(Image.new("RGB", (30, 20), (200, 10, 40)), "jpeg", quality=95)
+    np.testing.assert_allclose(crop(red, decoder=decoder)[5, 5], (200, 10, 40), atol=3)
+    np.testing.assert_allclose(
+        crop(red, channels=1, decoder=decoder)[5, 5], 0.299 * 200 + 0.587 * 10 + 0.114 * 40, atol=2
+    )
+    grey = encoded(Image.new("L", (30, 20), 77), "jpeg")
+    assert crop(grey, decoder=decoder).shape == (24, 24, 3)
+    np.testing.assert_allclose(crop(grey, decoder=decoder), 77, atol=1)
+
+
+# Pictures of every kind, and what is none
+
+
+def photo(width=60, height=40):
+    return Image.open(PHOTOS[1]).resize((width, height), Image.BILINEAR)
+
+
+def noisy_16_bits():
+    """[40, 60] uint16, and what a viewer with 8 bits shows."""
+    shown = np.asarray(photo().convert("L"))
+    return shown.astype(np.uint16) * 257, shown
+
+
+def exif(orientation):
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags
+
+
+UPRIGHT = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90"}
+UPRIGHT |= {7: "TRANSVERSE", 8: "ROTATE_270"}
+
+
+@pytest.mark.parametrize("decoder", ["fast", "pillow"])
+@pytest.mark.parametrize("form", ["jpeg", "png", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(decoder, form, orientation):
+    """As stored, the picture is turned so that the tag turns it back."""
+    upright = photo()
+    stored = upright
+    if orientation > 1:
+        stored = upright.transpose(Image.Transpose[UPRIGHT[orientation]])
+    options = dict(exif=exif(orientation), **({"lossless": True} if form == "webp" else {"quality": 95}))
+    picture = encoded(stored, form, **options)
+    seen = []
+    found = decode.crop(picture, lambda w, h: seen.append((w, h)) or (0, 0, w, h), size=40, channels=3, decoder=decoder)
+    assert seen == [(60, 40)]
+    expected = np.asarray(upright.resize((40, 40), Image.BILINEAR))
+    assert psnr(found, expected) > 30 > psnr(found, expected[::-1]) and psnr(found, expected[:, ::-1]) < 30
+
+
+@pytest.mark.parametrize("decoder", ["fast", "pillow"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sixteen_bits_become_eight(decoder, channels):
+    deep, shown = noisy_16_bits()
+    expected = crop(np.ascontiguousarray(shown), channels=channels, decoder=decoder)
+    np.testing.assert_array_equal(crop(encoded(Image.fromarray(deep)), channels=channels, decoder=decoder), expected)
+    colours = cv2.imencode(".png", np.dstack([deep] * 3))[1].tobytes()
+    np.testing.assert_array_equal(crop(colours, channels=channels, decoder=decoder), expected)
+
+
+@pytest.mark.parametrize("decoder", ["fast", "pillow"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+@pytest.mark.parametrize("form", ["png", "webp"])
+def test_transparency_lies_on_white(decoder, mode, form):
+    if mode == "P" and form == "webp":
+        pytest.skip("WebP has no palette")
+    alpha = Image.new("L", (60, 40), 255)
+    alpha.paste(0, (0, 0, 30, 40))  # the left half cannot be seen
+    image = Image.new("RGB", (60, 40), (50, 50, 50))
+    image.putalpha(alpha)
+    image = image.quantize(8) if mode == "P" else image.convert(mode)
+    options = {"lossless": True, "exact": True} if form == "webp" else {}
+    found = crop(encoded(image, form, **options), size=20, decoder=decoder)
+    np.testing.assert_allclose(found[:, :9], 255, atol=1)
+    np.testing.assert_allclose(found[:, 11:], 50, atol=2)
+
+
+@pytest.mark.parametrize("decoder", ["fast", "pillow"])
+@pytest.mark.parametrize(
+    "mode, form, options",
+    [
+        ("RGB", "png", {}),
+        ("P", "png", {}),
+        ("RGB", "bmp", {}),
+        ("RGB", "webp", {"lossless": True}),
+        ("RGB", "jpeg", {"quality": 98, "subsampling": 0}),
+        ("RGB", "jpeg", {"quality": 98, "subsampling": 0, "progressive": True}),
+        ("CMYK", "jpeg", {"quality": 98}),
+    ],
+)
+def test_every_kind_of_file_shows_the_same_picture(decoder, mode, form, options):
+    image = photo().convert(mode)
+    found = crop(encoded(image, form, **options), size=40, decoder=decoder)
+    assert psnr(found, np.asarray(image.convert("RGB").resize((40, 40), Image.BILINEAR))) > 33
+
+
+@pytest.mark.parametrize("decoder", ["fast", "pillow"])
+@pytest.mark.parametrize("form", ["gif", "webp", "png"])
+def test_of_an_animation_the_first_frame_counts(decoder, form):
+    frames = [Image.new("RGB", (30, 20), colour) for colour in ("red", "lime", "blue")]
+    options = {"lossless": True} if form == "webp" else {}
+    picture = encoded(frames[0], form, save_all=True, append_images=frames[1:], **options)
+    np.testing.assert_allclose(crop(picture, decoder=decoder)[12, 12], (255, 0, 0), atol=2)
+
+
+@pytest.mark.parametrize("decoder", ["fast", "pillow"])
+@pytest.mark.parametrize("form", ["jpeg", "png", "bmp", "webp"])
+def test_one_pixel_is_a_picture(decoder, form):
+    found = crop(encoded(Image.new("RGB", (1, 1), (9, 99, 199)), form), decoder=decoder)
+    np.testing.assert_allclose(found, np.broadcast_to((9, 99, 199), (24, 24, 3)), atol=6)
+
+
+def png_bomb(side=30_000):
+    """A few kilobytes that unpack to 0.9 gigapixels of one bit."""
+    return encoded(Image.new("1", (side, side)), "png")
+
+
+def jpeg_bomb():
+    """A JPEG whose header says 30,000 x 30,000."""
+    picture = bytearray(encoded(photo(), "jpeg"))
+    start = picture.index(b"\xff\xc0") + 5
+    picture[start : start + 4] = (30_000).to_bytes(2, "big") * 2
+    return bytes(picture)
+
+
+JPEG = PHOTOS[0].read_bytes()
+BAD = {
+    "empty": b"",
+    "html": b"<!DOCTYPE html><html><body>404</body></html>",
+    "half of a jpeg": JPEG[: len(JPEG) // 2],
+    "a jpeg without its last two bytes": JPEG[:-2],
+    "only the head of a jpeg": JPEG[:300],
+    "a jpeg with a hole": JPEG[:60_000] + bytes(2000) + JPEG[62_000:],
+    "half of a png": encoded(photo())[:2000],
+    "half of a webp": encoded(photo(), "webp")[:400],
+    "half of a bmp": encoded(photo(), "bmp")[:3000],
+    "a png with a flipped bit": encoded(photo())[:2000] + b"\xff\x00\xff" + encoded(photo())[2003:],
+    "a jpeg bomb": jpeg_bomb(),
+    "a png bomb": png_bomb(),
+}
+
+
+@pytest.mark.parametrize("decoder", ["fast", "pillow"])
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_no_picture_is_unreadable(decoder, name):
+    if (decoder, name) == ("pillow", "a jpeg with a hole"):
+        pytest.skip("Pillow fills the hole, as it does for torchvision")
+    with pytest.raises(decode.UnreadableError) as error:
+        crop(BAD[name], decoder=decoder)
+    if "bomb" in name:
+        assert "30000 x 30000" in str(error.value)
+
+
+@pytest.mark.filterwarnings("default")  # whatever the codecs say about such files
+@pytest.mark.parametrize("decoder", ["fast", "pillow"])
+def test_damage_of_any_kind_is_a_picture_or_unreadable(decoder):
+    """Never another exception, never another shape."""
+    rng, outcomes = random.Random(0), set()
+    pictures = [encoded(photo(), form) for form in ("jpeg", "png", "webp", "bmp", "gif")]
+    for _ in range(400):
+        picture = bytearray(rng.choice(pictures))
+        for _ in range(rng.choice([1, 3, 30])):
+            picture[rng.randrange(len(picture))] = rng.randrange(256)
+        try:
+            assert crop(bytes(picture[: rng.choice([len(picture), rng.randrange(len(picture))])])).shape == (24, 24, 3)
+            outcomes.add("picture")
+        except decode.UnreadableError:
+            outcomes.add("unreadable")
+    assert outcomes == {"picture", "unreadable"}
+
+
+# Augmentation
+
+
+@pytest.fixture
+def make_data(make_config):
+    return lambda **keys: (
+        make_config(
+            **{"data__mean": (0.5,) * 3, "data__std": (0.5,) * 3} | {f"data__{k}": v for k, v in keys.items()}
+        ).data
+    )
+
+
+def test_nothing_is_augmented_by_default(make_data):
+    pixels = np.asarray(photo())
+    rng = np.random.default_rng(0)
+    state = rng.bit_generator.state
+    assert augment(pixels, make_data(), rng) is pixels and rng.bit_generator.state == state
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_flips_come_with_their_probability(make_data, channels):
+    pixels = np.asarray(photo())[..., :channels]
+    data = make_data(flip=0.3, mean=(0.5,) * channels, std=(0.5,) * channels)
+    rng = np.random.default_rng(0)
+    flipped = 0
+    for _ in range(1000):
+        found = augment(pixels, data, rng)
+        if (found == pixels[:, ::-1]).all():
+            flipped += 1
+        else:
+            np.testing.assert_array_equal(found, pixels)
+    assert abs(flipped - 300) < 4 * math.sqrt(1000 * 0.3 * 0.7)
+
+
+def test_colours_change_within_simclrs_bounds(make_data):
+    """Of a grey picture only brightness can change (by 1 +- 0.8 s), with probability 0.8; of a red one hue too."""
+    rng, data = np.random.default_rng(0), make_data(color=0.5)
+    grey = np.full((4, 4, 3), 100, np.uint8)
+    values = np.array([augment(grey, data, rng)[0, 0] for _ in range(1000)]).astype(int)
+    assert (np.ptp(values, axis=1) <= 2).all()
+    assert 59 <= values.min() < 66 and 134 < values.max() <= 141
+    assert abs((values[:, 0] == 100).mean() - 0.2) < 0.05
+    red = np.zeros((4, 4, 3), np.uint8) + np.array([200, 20, 20], np.uint8)
+    values = np.array([augment(red, data, rng)[0, 0] for _ in range(1000)]).astype(int)
+    grey_share = (np.ptp(values, axis=1) == 0).mean()
+    assert abs(grey_share - 0.2) < 0.05
+    hues = np.array([colour_hue(v) for v in values[np.ptp(values, axis=1) > 80]])
+    assert 0.08 < np.abs(hues).max() < 0.12  # of the circle: 0.2 s, and rounding
+    assert abs((hues > 0.01).mean() - (hues < -0.01).mean()) < 0.1
+
+
+def colour_hue(rgb):
+    """Signed distance to red, as a share of the circle."""
+    import colorsys
+
+    hue = colorsys.rgb_to_hsv(*(rgb / 255))[0]
+    return hue - 1 if hue > 0.5 else hue
+
+
+def test_blur_comes_with_its_probability_and_smooths(make_data):
+    rng, data = np.random.default_rng(0), make_data(blur=0.5)
+    dot = np.zeros((21, 21, 3), np.uint8)
+    dot[10, 10] = 255
+    peaks = np.array([augment(dot, data, rng)[10, 10, 0] for _ in range(400)])
+    assert abs((peaks == 255).mean() - 0.5) < 0.11
+    assert 8 < peaks.min() < 14  # radius 2: 255 / (2 pi 2^2) = 10.1
+
+
+def test_colours_need_colours(make_data):
+    with pytest.raises(UserError, match=r"data\.color needs RGB"):
+        make_data(color=1.0, mean=(0.5,), std=(0.5,))

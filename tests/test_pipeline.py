@@ -1,0 +1,276 @@
+"""The stream of batches against what it promises."""
+
+import itertools
+import json
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cjepa_jax.config import UserError
+from cjepa_jax.data import pipeline, sources
+from cjepa_jax.data.decode import UnreadableError
+
+
+class Colours:
+    """Images of one colour, which is their index in base 256; some are no images."""
+
+    def __init__(self, count, bad=()):
+        self.count, self.bad = count, bad
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        pixels = np.full((4, 5, 3), (index >> 16, index >> 8 & 255, index & 255), np.uint8)
+        return {"image": b"<html>" if index in self.bad else pixels, "label": index}
+
+
+def colours(count, bad=()):
+    return sources.Source(Colours(count, bad), "", ("any",), lambda index: f"colour {index}")
+
+
+def indices(batches):
+    """Of colours, [..., H, W, 3] -> [...]."""
+    assert (batches == batches[..., :1, :1, :]).all()
+    return (batches[..., 0, 0, :].astype(int) * (65536, 256, 1)).sum(axis=-1)
+
+
+@pytest.fixture
+def make_data(make_config):
+    """12 images a batch, RGB, and overrides."""
+
+    def make(**overrides):
+        settings = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "image_size": 4, "batch_size": 12}
+        settings |= {"crop_scale": (0.3, 1.0), "crop_ratio": (3 / 4, 4 / 3)} | overrides
+        return make_config(**{f"data__{key}": value for key, value in settings.items()}).data
+
+    return make
+
+
+def take(count, source, data, seed=0, **where):
+    """The batches [count, B, H, W, C]."""
+    batches = pipeline.train_batches(pipeline.Reader(source, data), seed=seed, **where)
+    return np.stack(list(itertools.islice(batches, count)))
+
+
+@pytest.mark.parametrize("decoder", ["fast", "pillow"])
+def test_batches_depend_on_the_seed_but_not_on_threads(make_data, decoder):
+    settings = dict(image_size=8, decoder=decoder, flip=0.5, blur=0.5, color=1.0)
+    source = sources.load(make_data(), "train")
+    one = take(20, source, make_data(**settings))
+    for threads, prefetch in ((4, 7), (3, 1), (0, 2)):
+        np.testing.assert_array_equal(one, take(20, source, make_data(threads=threads, prefetch=prefetch, **settings)))
+    assert (one != take(20, source, make_data(**settings), seed=1)).any(axis=(2, 3, 4)).mean() > 0.9
+
+
+@pytest.mark.parametrize("batch_size", [12, 7, 64])  # 7 is no multiple of a chunk, 64 more than an epoch
+def test_every_image_comes_once_an_epoch_in_a_new_order(make_data, batch_size):
+    batches = take(15 * 30 // batch_size, colours(30), make_data(batch_size=batch_size))
+    epochs = indices(batches).reshape(-1)[: 14 * 30].reshape(14, 30) if batch_size != 64 else None
+    if epochs is None:
+        epochs = indices(batches).reshape(-1)[: 7 * 64 // 30 * 30].reshape(-1, 30)
+    np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(np.arange(30), (len(epochs), 1)))
+    other = indices(take(5, colours(30), make_data(), seed=1)).reshape(2, 30)
+    assert len({tuple(order) for order in [*epochs, *other, range(30)]}) == len(epochs) + 3
+
+
+def test_every_image_is_cropped_anew_each_time(make_data):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40), np.uint8)
+    source = sources.from_arrays(np.stack([pixels] * 12))  # all the same, so that only crops differ
+    crops = take(5, source, make_data()).reshape(60, -1)
+    assert len(np.unique(crops, axis=0)) == 60
+
+
+@pytest.mark.parametrize("processes", [2, 3, 4])
+@pytest.mark.parametrize("start", [0, 1000])
+def test_shares_of_the_processes_interleave_to_the_global_batches(make_data, processes, start):
+    data = make_data(image_size=8)
+    source = sources.load(data, "train[:50]")
+    whole = take(7, source, data, start=start)
+    shares = [take(7, source, data, start=start, process=p, processes=processes) for p in range(processes)]
+    assert {share.shape for share in shares} == {(7, 12 // processes, 8, 8, 3)}
+    np.testing.assert_array_equal(np.stack(shares, axis=2).reshape(whole.shape), whole)
+
+
+SHARE = """
+import json, sys
+from cjepa_jax.config import Data
+from cjepa_jax.data import pipeline, sources
+data, start, count, process, processes = json.loads(sys.argv[1])
+data = Data(**{key: tuple(v) if isinstance(v, list) else v for key, v in data.items()})
+reader = pipeline.Reader(sources.load(data, "train[:100]"), data)
+batches = pipeline.train_batches(reader, seed=5, start=start, process=process, processes=processes)
+print(json.dumps([next(batches).tolist() for _ in range(count)]))
+"""
+
+
+def test_another_number_of_processes_goes_on_with_the_same_batches(make_data):
+    """Real processes: two for 3 batches, then three for 2, then one for 2."""
+    data = make_data(image_size=8)
+    found, start = [], 0
+    for processes, count in ((2, 3), (3, 2), (1, 2)):
+        arguments = [json.dumps((vars(data), start, count, process, processes)) for process in range(processes)]
+        running = [subprocess.Popen([sys.executable, "-c", SHARE, a], stdout=subprocess.PIPE) for a in arguments]
+        shares = [np.array(json.loads(process.communicate()[0]), np.uint8) for process in running]
+        found.append(np.stack(shares, axis=2).reshape(count, 12, 8, 8, 3))
+        start += count
+    np.testing.assert_array_equal(np.concatenate(found), take(7, sources.load(data, "train[:100]"), data, seed=5))
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(make_data):
+    with pytest.raises(UserError, match=r"data\.batch_size = 12 .* 5 processes"):
+        pipeline.train_batches(pipeline.Reader(colours(30), make_data()), seed=0, processes=5)
+
+
+@pytest.mark.parametrize("batch_size", [12, 7])
+@pytest.mark.parametrize("share", [{}, {"process": 0, "processes": 1}])
+def test_going_on_is_exact(make_data, batch_size, share):
+    data = make_data(image_size=8, batch_size=batch_size)
+    source = sources.load(data, "train")
+    whole = take(9, source, data, seed=3, **share)
+    np.testing.assert_array_equal(whole[5:], take(4, source, data, seed=3, start=5, **share))
+
+
+def test_a_far_step_is_reached_at_once(make_data):
+    far, data = 10**6, make_data(batch_size=30)
+    take(1, colours(30), data)  # imports
+    start = time.perf_counter()
+    here = take(1, colours(30), data, start=far)
+    assert time.perf_counter() - start < 2
+    np.testing.assert_array_equal(here, take(4, colours(30), data, start=far - 3)[3:])
+    assert sorted(indices(here[0])) == list(range(30))
+
+
+def test_no_more_is_read_ahead_than_prefetch_says(make_data):
+    """In images, `prefetch` batches beyond those taken, and one image a thread."""
+
+    class Counting(Colours):
+        read = 0
+
+        def __getitem__(self, index):
+            self.read += 1
+            return super().__getitem__(index)
+
+    records = Counting(10_000)
+    data = make_data(batch_size=64, prefetch=3, threads=2)
+    batches = pipeline.train_batches(pipeline.Reader(sources.Source(records, "", (), str), data), seed=0)
+    for taken in range(1, 6):
+        next(batches)
+        deadline = time.monotonic() + 5
+        while records.read < (taken + 3) * 64 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        assert records.read == (taken + 3) * 64
+    batches.close()
+
+
+@pytest.mark.parametrize("threads", [1, 5])
+def test_an_image_is_read_by_several_threads_at_once(make_data, threads):
+    together, barrier = [], threading.Barrier(threads)
+
+    class Meeting(Colours):
+        def __getitem__(self, index):
+            together.append(barrier.wait(timeout=10))
+            return super().__getitem__(index)
+
+    data = make_data(batch_size=40, threads=threads, prefetch=2)
+    reader = pipeline.Reader(sources.Source(Meeting(1000), "", (), str), data)
+    assert len(next(pipeline.train_batches(reader, seed=0))) == 40
+    assert set(together) == set(range(threads))
+
+
+# Images that cannot be read
+
+
+def test_another_image_stands_in_for_a_bad_one(make_data):
+    data = make_data(max_bad_fraction=0.2)
+    bad = {3, 11, 17}
+    reader = pipeline.Reader(colours(30, bad), data)
+    batches = np.stack(list(itertools.islice(pipeline.train_batches(reader, seed=0), 10)))
+    epochs, healthy = indices(batches).reshape(4, 30), indices(take(10, colours(30), data)).reshape(4, 30)
+    assert not np.isin(epochs, list(bad)).any()
+    np.testing.assert_array_equal(epochs[~np.isin(healthy, list(bad))], healthy[~np.isin(healthy, list(bad))])
+    assert len(np.unique(epochs[np.isin(healthy, list(bad))])) > 6  # of 12: not the same one each time
+    assert reader.unreadable.keys() == {f"colour {i}" for i in bad}
+    for settings in ({"threads": 4}, {"prefetch": 5}):
+        again = take(10, colours(30, bad), make_data(max_bad_fraction=0.2, **settings))
+        np.testing.assert_array_equal(batches, again)
+    shares = [take(10, colours(30, bad), data, process=p, processes=3) for p in range(3)]
+    np.testing.assert_array_equal(np.stack(shares, axis=2).reshape(batches.shape), batches)
+
+
+def test_an_image_that_storage_does_not_give_is_bad_too(make_data):
+    class Lost(Colours):
+        def __getitem__(self, index):
+            if index == 4:
+                raise OSError(5, "Input/output error")
+            return super().__getitem__(index)
+
+    reader = pipeline.Reader(sources.Source(Lost(30), "", (), str), make_data(max_bad_fraction=0.1))
+    batches = list(itertools.islice(pipeline.train_batches(reader, seed=0), 5))
+    assert 4 not in indices(np.stack(batches))
+    assert reader.unreadable == {"4": "OSError: [Errno 5] Input/output error"}
+
+
+@pytest.mark.parametrize(
+    "images, bad, limit, stops",
+    [
+        (100, 2, 0.02, False),
+        (100, 3, 0.02, True),
+        (100, 1, 0.0, True),
+        (5000, 9, 0.01, False),
+        (5000, 100, 0.01, True),
+        (50, 50, 1.0, True),
+    ],
+)
+def test_too_many_bad_images_stop_the_run(make_data, images, bad, limit, stops):
+    reader = pipeline.Reader(colours(images, range(bad)), make_data(max_bad_fraction=limit))
+    batches = pipeline.train_batches(reader, seed=0)
+    if not stops:
+        for _ in range(images // 12 + 2):
+            next(batches)
+        assert len(reader.unreadable) == bad
+        return
+    with pytest.raises(UserError, match=r"data\.max_bad_fraction|100 images in a row") as error:
+        for _ in range(images // 12 + 2):
+            next(batches)
+    assert ("colour " in str(error.value) and "UnidentifiedImageError" in str(error.value)) or limit == 1.0
+
+
+# Images in order
+
+
+def test_images_in_order_with_their_labels(make_data):
+    reader = pipeline.Reader(colours(30, {5, 6}), make_data(max_bad_fraction=0.1, threads=3))
+    batches = list(pipeline.ordered_batches(reader, size=8, crop_fraction=0.5))
+    assert [len(images) for images, _ in batches] == [6, 8, 8, 6]
+    expected = [i for i in range(30) if i not in (5, 6)]
+    assert [label for _, labels in batches for label in labels] == expected
+    assert indices(np.concatenate([images for images, _ in batches])).tolist() == expected
+    assert reader.unreadable.keys() == {"colour 5", "colour 6"}
+
+
+@pytest.mark.parametrize("decoder", ["fast", "pillow"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_have_the_channels_of_the_config(make_data, channels, decoder):
+    data = make_data(image_size=8, mean=(0.5,) * channels, std=(0.5,) * channels, decoder=decoder)
+    source = sources.load(data, "test")
+    batch = take(1, source, data)[0]
+    images, labels = next(pipeline.ordered_batches(pipeline.Reader(source, data), size=400, crop_fraction=1.0))
+    assert batch.shape == (12, 8, 8, channels) and images.shape == (360, 8, 8, channels)
+    assert batch.dtype == images.dtype == np.uint8
+    for image, label, record in zip(images, labels, source.records, strict=True):  # in order, and as they are
+        assert label == record["label"]
+        np.testing.assert_array_equal(image, np.repeat(record["image"][..., None], channels, axis=-1))
+
+
+def test_reading_says_what_happened(make_data):
+    reader = pipeline.Reader(colours(30, {5}), make_data(max_bad_fraction=0.1))
+    with pytest.raises(UnreadableError, match="cannot identify"):
+        reader.crop(5, lambda w, h: (0, 0, w, h))
+    assert Image.fromarray(reader.crop(6, lambda w, h: (0, 0, w, h))[0]).size == (4, 4)

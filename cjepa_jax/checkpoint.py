@@ -15,7 +15,8 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from cjepa_jax.config import Checkpoint, UserError, differences, one_line, require
+from cjepa_jax.config import Checkpoint, UserError, one_line, require
+from cjepa_jax.parsing import differences
 
 
 class Checkpointer:

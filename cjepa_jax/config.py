@@ -1,16 +1,15 @@
 """Every setting, its meaning and its checks.
 
 A config file (`configs/*.py`) is one `ml_collections.ConfigDict` whose groups
-and keys are exactly the fields below: there are no hidden defaults. `parse`
-turns it into these frozen dataclasses once. Checks that need only one group live here; checks
-that need the grid, the data or the devices live where those are known.
+and keys are exactly the fields below: there are no hidden defaults. `parsing.parse`
+turns it into these frozen dataclasses once. Checks that need only one group live
+here; checks that need the grid, the data or the devices live where those are known.
 """
 
 import dataclasses
 import difflib
 import typing
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 
 class UserError(ValueError):
@@ -101,6 +100,8 @@ class Model:
     patch_size: int
     init: Literal["normal", "fan_in"]  # std 0.02, or 0.02 * sqrt(768 / fan_in)
     dtype: Literal["bfloat16", "float32"]  # of the matrix products; parameters and losses stay float32
+    layers: Literal["unrolled", "scanned"]  # every layer compiled, or one in a loop: quicker to compile, slower to run
+    remat: Literal["none", "dots", "full"]  # computed anew in the backward pass, to save memory: all but Dense, or all
 
     def __post_init__(self):
         _at_least("model", 1, patch_size=self.patch_size)
@@ -216,6 +217,22 @@ class Ema:
 
 
 @dataclasses.dataclass(frozen=True)
+class Mesh:
+    """How the devices share the parameters; the batch is split over all of them in any case."""
+
+    fsdp: int  # devices that hold one copy of the parameters between them; the further copies are data parallel
+    parameters: Literal["replicated", "zero1", "fsdp"]  # gathered never, whole once a step, or a layer at a time
+
+    def __post_init__(self):
+        _at_least("mesh", 1, fsdp=self.fsdp)
+        require(
+            (self.parameters == "replicated") == (self.fsdp == 1),
+            f"mesh.fsdp = {self.fsdp} does not go with mesh.parameters = {self.parameters!r}: replicated is 1, the "
+            "others more",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class Log:
     """Progress bar, metrics.jsonl and TensorBoard."""
 
@@ -271,6 +288,7 @@ class Config:
     vicreg: Vicreg
     optim: Optim
     ema: Ema
+    mesh: Mesh
     log: Log
     checkpoint: Checkpoint
     eval: Eval
@@ -282,75 +300,3 @@ class Config:
     def grid(self) -> int:
         """Patches a side."""
         return self.data.image_size // self.model.patch_size
-
-
-# What may change between two runs in one workdir: none of it alters the training.
-FREE_TO_CHANGE = (
-    "data.data_dir",
-    "data.threads",
-    "data.prefetch",
-    "data.max_bad_fraction",
-    "log.",
-    "checkpoint.",
-    "eval.",
-)
-
-
-def parse(config: Mapping[str, Any]) -> Config:
-    """Nested dict of groups (`ConfigDict.to_dict()`) -> Config.
-
-    Raises UserError for an unknown or missing key, a wrong type, or a value
-    that its group rejects.
-    """
-    return _build(Config, config, "")
-
-
-def flatten(config: Config) -> dict[str, Any]:
-    """Config -> {"group.key": value}, in order; tuples become lists, as JSON has them."""
-    flat = {}
-    for group, value in dataclasses.asdict(config).items():
-        entries = {f"{group}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {group: value}
-        flat.update({k: list(v) if isinstance(v, tuple) else v for k, v in entries.items()})
-    return flat
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Two flat configs -> "key: old -> new" for each key that may not change within a workdir."""
-    return [
-        f"{key}: {old.get(key)} -> {new.get(key)}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(FREE_TO_CHANGE)
-    ]
-
-
-def _build(cls: Any, values: Any, prefix: str) -> Any:
-    require(isinstance(values, Mapping), f"{prefix.rstrip('.')} must be a group of settings, got {values!r}")
-    hints = typing.get_type_hints(cls)
-    for key in values:
-        require(key in hints, f"unknown key {prefix}{key}: {nearest(key, hints)}")
-    for key in hints:
-        require(key in values, f"{prefix}{key} is missing")
-    fields = {}
-    for key, hint in hints.items():
-        build = _build if dataclasses.is_dataclass(hint) else _check
-        fields[key] = build(hint, values[key], f"{prefix}{key}." if build is _build else prefix + key)
-    return cls(**fields)
-
-
-def _check(hint: Any, value: Any, key: str) -> Any:
-    """The value as the type hint wants it, or UserError."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        require(value in args, f"{key} must be one of {', '.join(args)}, got {value!r}")
-        return value
-    if origin is tuple:
-        require(isinstance(value, tuple | list), f"{key} must be a tuple, got {value!r}")
-        if args[-1] is not Ellipsis:
-            require(len(value) == len(args), f"{key} must have {len(args)} numbers, got {value!r}")
-        return tuple(_check(args[0], v, key) for v in value)
-    accepted = (int, float) if hint is float else hint
-    require(
-        isinstance(value, accepted) and not isinstance(value, bool),
-        f"{key} must be {hint.__name__}, got {value!r}",
-    )
-    return hint(value)

@@ -22,7 +22,8 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from cjepa_jax.config import UserError, one_line, parse, require
+from cjepa_jax.config import UserError, one_line, require
+from cjepa_jax.parsing import parse
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="The experiment, e.g. configs/digits.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where results go; default runs/<name of the config file>.")

@@ -16,12 +16,12 @@ import numpy as np
 from etils import epath
 
 from cjepa_jax import checkpoint, metrics, plots, sharding
-from cjepa_jax import config as config_lib
 from cjepa_jax.config import Config, require
 from cjepa_jax.data import pipeline, sources
 from cjepa_jax.diagnostics import diagnose
 from cjepa_jax.evaluate import probe
 from cjepa_jax.masking import sample_masks
+from cjepa_jax.parsing import flatten
 from cjepa_jax.step import Method, TrainState, init_state, train_step
 
 
@@ -41,7 +41,7 @@ def train(config: Config, workdir: epath.Path) -> TrainState:
     steps = round(config.optim.epochs * len(train_source) / data.batch_size)
     require(steps >= 1, f"optim.epochs = {config.optim.epochs} of {len(train_source)} images are less than one batch")
     method = Method(config, steps)
-    meta: dict[str, Any] = {"config": config_lib.flatten(config), "fingerprint": train_source.fingerprint}
+    meta: dict[str, Any] = {"config": flatten(config), "fingerprint": train_source.fingerprint}
     checkpoint.check_workdir(workdir, meta)
     reader = pipeline.Reader(train_source, data)
     probes = Probes(method, reader) if config.eval.every and train_source.classes else None

@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
                 max_bad_fraction=0.01,
             ),
             # At this width a plain std of 0.02 would let the position embedding drown the content.
-            model=dict(size="64x3x4", patch_size=2, init="fan_in", dtype="float32"),
+            model=dict(size="64x3x4", patch_size=2, init="fan_in", dtype="float32", layers="unrolled", remat="none"),
             predictor=dict(width=32, depth=2),
             mask=dict(
                 recipe="corrected",
@@ -72,6 +72,7 @@ def get_config() -> ConfigDict:
             ),
             # Over a short run 0.996 would leave much of the initial weights in the target.
             ema=dict(start=0.96, end=1.0),
+            mesh=dict(fsdp=1, parameters="replicated"),
             log=dict(every=50),
             checkpoint=dict(every=250, keep_last=2, keep_every=0),
             eval=dict(every=500, crop_fraction=1.0, neighbours=20, shots=10, draws=5),

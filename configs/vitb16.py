@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
                 prefetch=2,
                 max_bad_fraction=0.01,
             ),
-            model=dict(size="B", patch_size=16, init="normal", dtype="bfloat16"),
+            model=dict(size="B", patch_size=16, init="normal", dtype="bfloat16", layers="unrolled", remat="none"),
             predictor=dict(width=384, depth=6),
             # The distribution behind the published numbers; 56 is about what its cut to the batch's minimum leaves.
             mask=dict(
@@ -72,6 +72,7 @@ def get_config() -> ConfigDict:
                 eps=1e-8,
             ),
             ema=dict(start=0.996, end=1.0),
+            mesh=dict(fsdp=1, parameters="replicated"),
             log=dict(every=50),
             checkpoint=dict(every=1000, keep_last=2, keep_every=50_000),
             eval=dict(every=0, crop_fraction=0.875, neighbours=20, shots=10, draws=5),

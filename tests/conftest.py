@@ -11,7 +11,8 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from cjepa_jax.config import Config, parse
+from cjepa_jax.config import Config
+from cjepa_jax.parsing import parse
 from configs import digits
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -14,8 +14,8 @@ import jax.extend.core
 import jax.numpy as jnp
 import pytest
 
-from cjepa_jax.config import parse
 from cjepa_jax.optimizer import decay_mask
+from cjepa_jax.parsing import parse
 from cjepa_jax.step import Method, init_state, train_step
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+import pathlib
 import subprocess
 import sys
 import threading
@@ -274,3 +276,21 @@ def test_reading_says_what_happened(make_data):
     with pytest.raises(UnreadableError, match="cannot identify"):
         reader.crop(5, lambda w, h: (0, 0, w, h))
     assert Image.fromarray(reader.crop(6, lambda w, h: (0, 0, w, h))[0]).size == (4, 4)
+
+
+@pytest.mark.slow
+def test_memory_stays_flat(make_data, tmp_path):
+    """2,000 batches of 256 at 224: resident memory after the first 100 batches and at the end."""
+    rng = np.random.default_rng(0)
+    for i in range(500):
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).resize((64, 64)).save(tmp_path / f"{i}.jpg")
+    (tmp_path / "bad.jpg").write_bytes((tmp_path / "0.jpg").read_bytes()[:500])
+    data = make_data(source="folder", data_dir=str(tmp_path), image_size=224, batch_size=256, threads=0, prefetch=2)
+    reader = pipeline.Reader(sources.load(data, "train"), data)
+    batches, resident = pipeline.train_batches(reader, seed=0), []
+    for _ in range(2000):
+        next(batches)
+        pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+        resident.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
+    print(f"resident MiB: {resident[0]:.0f} at first, {max(resident[:100]):.0f} of 100, {max(resident):.0f} of 2000")
+    assert max(resident[-100:]) < max(resident[:100]) + 64  # a batch has 37 MiB

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1] / "cjepa_jax"
-MATH = ["config", "masking", "losses", "optimizer", "diagnostics", "step", "sharding", "models"]
+MATH = ["config", "parsing", "masking", "losses", "optimizer", "diagnostics", "step", "sharding", "models"]
 MATH_MAY_IMPORT = {"jax", "numpy", "einops", "flax", "optax", "dataclasses", "typing", "types", "collections"}
 MATH_MAY_IMPORT |= {"functools", "difflib", "math"}
 IO = ["data", "checkpoint", "metrics", "plots"]

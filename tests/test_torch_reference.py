@@ -22,8 +22,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from torch import nn
 from torch.nn import functional as F
 
-from cjepa_jax.config import parse
 from cjepa_jax.masking import sample_masks
+from cjepa_jax.parsing import parse
 from cjepa_jax.step import Method, init_state, train_step
 from configs.digits import get_config
 

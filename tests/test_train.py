@@ -19,8 +19,9 @@ from etils import epath
 from PIL import Image
 
 from cjepa_jax import checkpoint, train
-from cjepa_jax.config import UserError, flatten
+from cjepa_jax.config import UserError
 from cjepa_jax.data import sources
+from cjepa_jax.parsing import flatten
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = [

@@ -15,7 +15,7 @@ from cjepa_jax.models.vit import SIZES, Block, build_encoder, patchify, sincos_p
 TOLERANCE = 2e-5  # of a feature; features are of size 1
 IMAGE, PATCH = 224, 16
 GRID = IMAGE // PATCH
-B_16 = Model(size="B", patch_size=PATCH, init="normal", dtype="float32")
+B_16 = Model(size="B", patch_size=PATCH, init="normal", dtype="float32", layers="unrolled", remat="none")
 
 
 def _weights(module, *inputs):

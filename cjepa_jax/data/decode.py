@@ -55,7 +55,8 @@ def crop(
     except UnreadableError:
         raise
     except Exception as error:  # a broken file makes the codecs raise almost anything
-        raise UnreadableError(f"{type(error).__name__}: {error}") from error
+        reason = str(error).split(" <_io")[0]  # Pillow names the object in memory
+        raise UnreadableError(f"{type(error).__name__}: {reason}") from error
     return resized.reshape(size, size, channels)
 
 

@@ -33,10 +33,6 @@ class Folder:
     splits: dict[str, list[File]]  # each in an order that the hashes of the paths give
     classes: tuple[str, ...]  # over all splits, sorted; () where there are no labels
 
-    def fingerprint(self, split: str) -> str:
-        """TEMP"""
-        return fingerprint(self.splits[split])
-
 
 def fingerprint(files: list[File]) -> str:
     """Of paths, sizes and labels; not of what is in the files, which would have to be read whole."""

@@ -4,6 +4,7 @@ Shapes: B images, M target blocks, K_c context and K_t target tokens, D encoder
 width, P predictor width.
 """
 
+import functools
 from typing import Literal
 
 import flax.linen as nn
@@ -14,7 +15,16 @@ from einops import rearrange, repeat
 from cjepa_jax.config import Model, require
 from cjepa_jax.config import Predictor as Config
 from cjepa_jax.masking import Masks
-from cjepa_jax.models.vit import Block, kernel_init, layer_norm, parse_size, sincos_positions
+from cjepa_jax.models.vit import (
+    Block,
+    Layers,
+    apply_blocks,
+    build_layers,
+    kernel_init,
+    layer_norm,
+    parse_size,
+    sincos_positions,
+)
 
 
 class Predictor(nn.Module):
@@ -27,6 +37,7 @@ class Predictor(nn.Module):
     grid: int
     init_scheme: Literal["normal", "fan_in"]
     dtype: jnp.dtype
+    layers: Layers
 
     @nn.compact
     def __call__(self, context: jax.Array, masks: Masks) -> jax.Array:
@@ -49,8 +60,8 @@ class Predictor(nn.Module):
             axis=1,
         )
         x = jnp.concatenate([x, targets], axis=1)
-        for i in range(self.depth):
-            x = Block(self.heads, 4, self.init_scheme, self.dtype, name=f"block{i:02}")(x, valid)
+        make = functools.partial(Block, self.heads, 4, self.init_scheme, self.dtype)
+        x = apply_blocks(self, make, self.depth, self.layers, x, valid)
         x = layer_norm(x[:, -length:], name="norm")
         return rearrange(dense(self.features, "head")(x), "(b m) k d -> b m k d", m=blocks).astype(jnp.float32)
 
@@ -73,4 +84,5 @@ def build_predictor(predictor: Config, model: Model, *, grid: int) -> Predictor:
         grid=grid,
         init_scheme=model.init,
         dtype=jnp.dtype(model.dtype),
+        layers=build_layers(model),
     )

@@ -4,7 +4,9 @@ Shapes: B images or sequences, N patches in raster order, K kept patches,
 D width, F = patch_size^2 * channels values of a patch.
 """
 
-from typing import Literal, NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -135,6 +137,39 @@ class Block(nn.Module):
         return x + dense(width, "fc2")(y)
 
 
+class Layers(NamedTuple):
+    """How a stack of blocks is computed; its parameters, and what it computes, are the same for all."""
+
+    scanned: bool  # one compiled block in a loop, rather than `depth` of them
+    remat: Literal["none", "dots", "full"]  # what the backward pass computes anew: nothing, all but Dense outputs, all
+
+
+def apply_blocks(
+    module: nn.Module, make: Callable[..., Block], depth: int, layers: Layers, x: jax.Array, valid: jax.Array | None
+) -> jax.Array:
+    """x [B, K, D] through `depth` blocks, children of `module` by the names block00, block01, ..."""
+    names = [f"block{i:02}" for i in range(depth)]
+    if module.is_initializing():
+        for name in names:
+            x = make(name=name)(x, valid)
+        return x
+
+    def layer(x: jax.Array, params: Any) -> jax.Array:
+        return cast(jax.Array, make(parent=None).apply({"params": params}, x, valid))
+
+    if layers.remat != "none":
+        dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        # In a loop nothing outside can be merged with what is computed anew.
+        layer = jax.checkpoint(layer, policy=dots if layers.remat == "dots" else None, prevent_cse=not layers.scanned)
+    params = [module.variables["params"][name] for name in names]
+    if layers.scanned:
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+        return jax.lax.scan(lambda x, p: (layer(x, p), None), x, stacked)[0]
+    for p in params:
+        x = layer(x, p)
+    return x
+
+
 class Encoder(nn.Module):
     """Patches to features."""
 
@@ -142,6 +177,7 @@ class Encoder(nn.Module):
     grid: int
     init_scheme: Literal["normal", "fan_in"]
     dtype: jnp.dtype
+    layers: Layers
 
     @nn.compact
     def __call__(self, patches: jax.Array, idx: jax.Array | None = None, valid: jax.Array | None = None) -> jax.Array:
@@ -158,12 +194,16 @@ class Encoder(nn.Module):
             patches
         )
         x = x + positions.astype(self.dtype)
-        for i in range(self.size.depth):
-            block = Block(self.size.heads, self.size.mlp_ratio, self.init_scheme, self.dtype, name=f"block{i:02}")
-            x = block(x, valid)
+        make = functools.partial(Block, self.size.heads, self.size.mlp_ratio, self.init_scheme, self.dtype)
+        x = apply_blocks(self, make, self.size.depth, self.layers, x, valid)
         return layer_norm(x, name="norm")
 
 
 def build_encoder(model: Model, *, grid: int) -> Encoder:
     """The encoder that a config describes."""
-    return Encoder(parse_size(model.size), grid, model.init, jnp.dtype(model.dtype))
+    return Encoder(parse_size(model.size), grid, model.init, jnp.dtype(model.dtype), build_layers(model))
+
+
+def build_layers(model: Model) -> Layers:
+    """How a config wants stacks of blocks computed."""
+    return Layers(model.layers == "scanned", model.remat)

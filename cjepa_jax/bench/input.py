@@ -1,0 +1,197 @@
+"""How fast images reach the devices.
+
+    python -m cjepa_jax.bench.input --images=FOLDER
+
+Reads a folder of images as it is and, after `cjepa_jax.data.prepare`, from
+shards; against torchvision's recipe (Pillow: decode, crop, bilinear resize) on the
+same files and the same boxes. All ways take turns, several rounds; the table
+shows medians. "Loop" is a bare loop over decoding and cropping, "pipeline" is what
+training reads from.
+"""
+
+import argparse
+import io
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+import numpy as np
+from absl import logging
+from PIL import Image
+
+from cjepa_jax.config import Data, UserError, one_line
+from cjepa_jax.data import decode, pipeline, prepare, sources
+
+BATCH = 32
+# Estimates, not measurements: FLOPs of one training image of configs/vitb16.py, and the share of a chip's peak that a
+# good step reaches.
+GIGAFLOPS_AN_IMAGE = 109
+USE = 0.45
+CONSUMERS = {  # name -> (bfloat16 TFLOP/s of all chips, vCPUs)
+    "TPU v5e host, 4 chips": (4 * 197, 112),
+    "node of 8 A100": (8 * 312, 96),
+    "node of 8 H100": (8 * 989, 208),
+}
+
+
+class _Recorder(pipeline.Reader):
+    """Remembers which image was cropped how."""
+
+    def __init__(self, source: sources.Source, data: Data):
+        super().__init__(source, data)
+        self.crops: list[tuple[int, decode.Box]] = []
+
+    def crop(self, index, choose_box):
+        def choose(width, height):
+            self.crops.append((index, choose_box(width, height)))
+            return self.crops[-1][1]
+
+        return super().crop(index, choose)
+
+
+class Bench:
+    """The ways to read one split of a source."""
+
+    def __init__(self, folder: str, size: int, images: int, **where: str):
+        self._settings = dict(
+            data_dir=folder, train_split=f"train[:{images}]", test_split="", image_size=size, crop_scale=(0.3, 1.0),
+            crop_ratio=(3 / 4, 4 / 3), flip=0.0, color=0.0, blur=0.0, mean=(0.5,) * 3, std=(0.5,) * 3,
+            batch_size=BATCH, decoder="fast", prefetch=2, max_bad_fraction=0.0, **where,
+        )  # fmt: skip
+        data = self._data(1)
+        self._size = size
+        self._source = sources.load(data, data.train_split)
+        self.batches = len(self._source) // BATCH
+        recorder = _Recorder(self._source, data)
+        stream = pipeline.train_batches(recorder, seed=0)
+        for _ in range(self.batches):
+            next(stream)
+        stream.close()
+        self._crops = recorder.crops[: self.batches * BATCH]
+
+    def _data(self, threads: int) -> Data:
+        return Data(threads=threads, **self._settings)  # type: ignore[arg-type]
+
+    def torchvision(self) -> list[np.ndarray]:
+        """Crops, by Pillow."""
+        return [
+            np.asarray(
+                Image.open(io.BytesIO(self._source.records[index]["image"]))
+                .convert("RGB")
+                .crop(box)
+                .resize((self._size, self._size), Image.Resampling.BILINEAR)
+            )
+            for index, box in self._crops
+        ]
+
+    def loop(self) -> list[np.ndarray]:
+        """Crops, by the fast decoder."""
+        return [
+            decode.crop(
+                self._source.records[index]["image"],
+                lambda width, height, box=box: box,  # type: ignore[misc]
+                size=self._size,
+                channels=3,
+                decoder="fast",
+            )
+            for index, box in self._crops
+        ]
+
+    def pipeline(self, threads: int) -> Callable[[], None]:
+        """Runs the pipeline for as many images as the loops take; it has been filled before the clock starts."""
+
+        def run() -> None:
+            for _ in range(self.batches):
+                next(stream)
+
+        stream = pipeline.train_batches(pipeline.Reader(self._source, self._data(threads)), seed=0)
+        for _ in range(3):
+            next(stream)
+        return run
+
+
+def _psnr(a: np.ndarray, b: np.ndarray) -> float:
+    return 10 * float(np.log10(255**2 / max(1e-9, np.mean((a.astype(float) - b) ** 2))))
+
+
+def measure(folder: str, *, size: int, images: int, short_side: int, rounds: int) -> str:
+    """Times every way and returns the tables.
+
+    Raises UserError for a folder without enough images.
+    """
+    cores = os.cpu_count() or 1
+    with tempfile.TemporaryDirectory() as shards:
+        target = os.path.join(shards, "shards")
+        prepare.prepare(folder, target, short_side=short_side)
+        stored = {
+            "files": Bench(folder, size, images, source="folder", name=""),
+            "shards": Bench(target, size, images, source="tfds", name=""),
+        }
+        ways: dict[str, Callable[[], Callable[[], object]]] = {"torchvision": lambda: stored["files"].torchvision}
+        for name, bench in stored.items():
+            ways[f"{name}, loop"] = lambda bench=bench: bench.loop  # type: ignore[misc]
+            for threads in sorted({1, cores}):
+                ways[f"{name}, pipeline, {threads} threads"] = lambda b=bench, t=threads: b.pipeline(t)  # type: ignore[misc]
+        found: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(rounds):
+            for name, make in ways.items():
+                run = make()
+                start = time.perf_counter()
+                run()
+                found[name].append(time.perf_counter() - start)
+        fidelity = [_psnr(a, b) for a, b in zip(stored["files"].loop(), stored["files"].torchvision(), strict=True)]
+        count = stored["files"].batches * BATCH
+    speed = {name: count / statistics.median(seconds) for name, seconds in found.items()}
+    lines = [
+        f"{count} images a round, {rounds} rounds, crops of {size} pixels, {cores} cores",
+        f"{'':30} {'images/s':>9} {'a core':>8} {'x torchvision, a core':>22}",
+    ]
+    for name, value in speed.items():
+        a_core = value / (cores if name.endswith(f"{cores} threads") else 1)
+        lines.append(f"{name:30} {value:9.0f} {a_core:8.0f} {a_core / speed['torchvision']:22.2f}")
+    lines.append(f"PSNR of the fast decoder to torchvision's crops: {statistics.median(fidelity):.1f} dB in the median")
+    for name in stored:
+        loop, one = speed[f"{name}, loop"], speed[f"{name}, pipeline, 1 threads"]
+        lines.append(f"{name}: the pipeline adds {loop / one - 1:.1%} to the loop")
+        if cores > 1:
+            all_cores = speed[f"{name}, pipeline, {cores} threads"]
+            lines.append(f"{name}: {cores} threads are {all_cores / one:.2f} times as fast as one")
+    lines.append(f"\nto train B/16 (estimate: {GIGAFLOPS_AN_IMAGE} GFLOP an image, {USE:.0%} of the chips' peak)")
+    for consumer, (teraflops, cpus) in CONSUMERS.items():
+        need = teraflops * USE * 1000 / GIGAFLOPS_AN_IMAGE
+        by = {name: need / speed[f"{name}, pipeline, {cores} threads"] * cores for name in stored}
+        fed = ", ".join(f"{value:.1f} from {name}" for name, value in by.items())
+        lines.append(f"{consumer}, {cpus} vCPUs: {need:.0f} images/s; cores like these: {fed}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Exit code 0; 2 after a mistake that the user can mend."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", required=True, metavar="FOLDER", help="JPEG files, however nested")
+    parser.add_argument("--size", type=int, default=224, help="pixels a side of the crops")
+    parser.add_argument("--count", type=int, default=320, help="images a round")
+    parser.add_argument("--short-side", type=int, default=256, help="of the prepared images")
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    logging.set_verbosity("error")
+    try:
+        print(
+            measure(
+                arguments.images,
+                size=arguments.size,
+                images=arguments.count,
+                short_side=arguments.short_side,
+                rounds=arguments.rounds,
+            )
+        )
+    except UserError as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

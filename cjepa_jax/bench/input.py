@@ -10,22 +10,26 @@ training reads from.
 """
 
 import argparse
+import dataclasses
 import io
+import math
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from absl import logging
 from PIL import Image
 
-from cjepa_jax.config import Data, UserError, one_line
-from cjepa_jax.data import decode, pipeline, prepare, sources
+from cjepa_jax.config import Data, UserError
+from cjepa_jax.data import decode, folder, pipeline, prepare, sources
 
 BATCH = 32
+_FILLING = 3  # batches taken before the clock starts
+REPEATS = 3000  # of the folder: Grain shuffles a set of a few hundred images several times as slowly as a million
 # Estimates, not measurements: FLOPs of one training image of configs/vitb16.py, and the share of a chip's peak that a
 # good step reaches.
 GIGAFLOPS_AN_IMAGE = 109
@@ -35,6 +39,17 @@ CONSUMERS = {  # name -> (bfloat16 TFLOP/s of all chips, vCPUs)
     "node of 8 A100": (8 * 312, 96),
     "node of 8 H100": (8 * 989, 208),
 }
+
+
+class _Repeated(Sequence[sources.Record]):
+    def __init__(self, records: Sequence[sources.Record]):
+        self._records = records
+
+    def __len__(self) -> int:
+        return len(self._records) * REPEATS
+
+    def __getitem__(self, index):
+        return self._records[index % len(self._records)]
 
 
 class _Recorder(pipeline.Reader):
@@ -55,22 +70,24 @@ class _Recorder(pipeline.Reader):
 class Bench:
     """The ways to read one split of a source."""
 
-    def __init__(self, folder: str, size: int, images: int, **where: str):
+    def __init__(self, data_dir: str, size: int, count: int, **where: str):
         self._settings = dict(
-            data_dir=folder, train_split=f"train[:{images}]", test_split="", image_size=size, crop_scale=(0.3, 1.0),
+            data_dir=data_dir, train_split="train", test_split="", image_size=size, crop_scale=(0.3, 1.0),
             crop_ratio=(3 / 4, 4 / 3), flip=0.0, color=0.0, blur=0.0, mean=(0.5,) * 3, std=(0.5,) * 3,
             batch_size=BATCH, decoder="fast", prefetch=2, max_bad_fraction=0.0, **where,
         )  # fmt: skip
         data = self._data(1)
         self._size = size
-        self._source = sources.load(data, data.train_split)
-        self.batches = len(self._source) // BATCH
+        source = sources.load(data, data.train_split)
+        self.batches = math.ceil(count / BATCH)
+        self._source = dataclasses.replace(source, records=_Repeated(source.records))
         recorder = _Recorder(self._source, data)
         stream = pipeline.train_batches(recorder, seed=0)
-        for _ in range(self.batches):
+        first = _FILLING + data.prefetch  # what the pipeline works on while the clock runs
+        for _ in range(first + self.batches):
             next(stream)
         stream.close()
-        self._crops = recorder.crops[: self.batches * BATCH]
+        self._crops = recorder.crops[first * BATCH : (first + self.batches) * BATCH]
 
     def _data(self, threads: int) -> Data:
         return Data(threads=threads, **self._settings)  # type: ignore[arg-type]
@@ -108,7 +125,7 @@ class Bench:
                 next(stream)
 
         stream = pipeline.train_batches(pipeline.Reader(self._source, self._data(threads)), seed=0)
-        for _ in range(3):
+        for _ in range(_FILLING):
             next(stream)
         return run
 
@@ -117,36 +134,42 @@ def _psnr(a: np.ndarray, b: np.ndarray) -> float:
     return 10 * float(np.log10(255**2 / max(1e-9, np.mean((a.astype(float) - b) ** 2))))
 
 
-def measure(folder: str, *, size: int, images: int, short_side: int, rounds: int) -> str:
-    """Times every way and returns the tables.
+def measure(images: str, *, size: int, count: int, short_side: int, rounds: int) -> str:
+    """Times every way on `count` images of a folder and returns the tables.
 
-    Raises UserError for a folder without enough images.
+    Raises UserError for a folder without images.
     """
     cores = os.cpu_count() or 1
-    with tempfile.TemporaryDirectory() as shards:
-        target = os.path.join(shards, "shards")
-        prepare.prepare(folder, target, short_side=short_side)
+    found = folder.scan(images)
+    files = next(iter(found.splits.values()))[:count]
+    with tempfile.TemporaryDirectory() as scratch:
+        sample, shards = (os.path.join(scratch, name) for name in ("files", "shards"))
+        os.mkdir(sample)
+        for i, file in enumerate(files):
+            name = f"{i}{os.path.splitext(file.path)[1]}"
+            os.symlink(os.path.realpath(os.path.join(found.root, file.path)), os.path.join(sample, name))
+        prepare.prepare(sample, shards, short_side=short_side)
         stored = {
-            "files": Bench(folder, size, images, source="folder", name=""),
-            "shards": Bench(target, size, images, source="tfds", name=""),
+            "files": Bench(sample, size, count, source="folder", name=""),
+            "shards": Bench(shards, size, count, source="tfds", name=""),
         }
         ways: dict[str, Callable[[], Callable[[], object]]] = {"torchvision": lambda: stored["files"].torchvision}
         for name, bench in stored.items():
             ways[f"{name}, loop"] = lambda bench=bench: bench.loop  # type: ignore[misc]
             for threads in sorted({1, cores}):
                 ways[f"{name}, pipeline, {threads} threads"] = lambda b=bench, t=threads: b.pipeline(t)  # type: ignore[misc]
-        found: dict[str, list[float]] = {name: [] for name in ways}
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(rounds):
             for name, make in ways.items():
                 run = make()
                 start = time.perf_counter()
                 run()
-                found[name].append(time.perf_counter() - start)
+                seconds[name].append(time.perf_counter() - start)
         fidelity = [_psnr(a, b) for a, b in zip(stored["files"].loop(), stored["files"].torchvision(), strict=True)]
-        count = stored["files"].batches * BATCH
-    speed = {name: count / statistics.median(seconds) for name, seconds in found.items()}
+        timed = stored["files"].batches * BATCH
+    speed = {name: timed / statistics.median(values) for name, values in seconds.items()}
     lines = [
-        f"{count} images a round, {rounds} rounds, crops of {size} pixels, {cores} cores",
+        f"{timed} images a round, of {len(files)}, {rounds} rounds, crops of {size} pixels, {cores} cores",
         f"{'':30} {'images/s':>9} {'a core':>8} {'x torchvision, a core':>22}",
     ]
     for name, value in speed.items():
@@ -173,7 +196,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", required=True, metavar="FOLDER", help="JPEG files, however nested")
     parser.add_argument("--size", type=int, default=224, help="pixels a side of the crops")
-    parser.add_argument("--count", type=int, default=320, help="images a round")
+    parser.add_argument("--count", type=int, default=320, help="images that are read")
     parser.add_argument("--short-side", type=int, default=256, help="of the prepared images")
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
@@ -183,13 +206,13 @@ def main() -> None:
             measure(
                 arguments.images,
                 size=arguments.size,
-                images=arguments.count,
+                count=arguments.count,
                 short_side=arguments.short_side,
                 rounds=arguments.rounds,
             )
         )
     except UserError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 

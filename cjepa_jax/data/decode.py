@@ -86,7 +86,7 @@ def jpeg_size(picture: bytes) -> tuple[int, int] | None:
     height, width, colours, _ = simplejpeg.decode_jpeg_header(picture)
     if colours not in ("Gray", "YCbCr"):
         return None
-    if b"Exif\0\0" in picture[:65536] and Image.open(io.BytesIO(picture)).getexif().get(0x0112, 1) != 1:
+    if picture.find(b"Exif\0\0", 0, 65536) > 0 and Image.open(io.BytesIO(picture)).getexif().get(0x0112, 1) != 1:
         return None
     return width, height
 

@@ -90,6 +90,10 @@ class _RandomCrop(grain.transforms.RandomMap):
         raise UserError(f"{_TRIES} images in a row cannot be read, the last one: {self.reader.source.name(index)}")
 
 
+def _stack(chunks: list[list[np.ndarray]]) -> np.ndarray:
+    return np.stack([image for chunk in chunks for image in chunk])
+
+
 def train_batches(
     reader: Reader, *, seed: int, start: int = 0, process: int = 0, processes: int = 1
 ) -> grain.DatasetIterator:
@@ -110,9 +114,10 @@ def train_batches(
     share = data.batch_size // processes
     chunk = math.gcd(share, _CHUNK)
     indices = grain.MapDataset.range(len(reader.source)).seed(seed).shuffle().repeat()
-    chunks = indices.random_map(_RandomCrop(reader))[process::processes].batch(chunk, drop_remainder=True)
+    images = indices.random_map(_RandomCrop(reader))[process::processes]
+    chunks = images.batch(chunk, drop_remainder=True, batch_fn=list)  # copied once, into the batch
     options = grain.ReadOptions(num_threads=threads(data), prefetch_buffer_size=data.prefetch * share // chunk)
-    batches = iter(chunks.to_iter_dataset(options).batch(share // chunk, batch_fn=np.concatenate))
+    batches = iter(chunks.to_iter_dataset(options).batch(share // chunk, batch_fn=_stack))
     batches.set_state({"next_index": start * share // chunk})
     return batches
 

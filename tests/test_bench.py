@@ -1,0 +1,36 @@
+"""The benchmarks run, on little; their numbers belong to nobody's test."""
+
+import pathlib
+import re
+
+import pytest
+import sklearn.datasets
+from PIL import Image
+
+from cjepa_jax.bench import input as bench
+from cjepa_jax.config import UserError
+
+CHINA = pathlib.Path(sklearn.datasets.__file__).parent / "images" / "china.jpg"
+
+
+def test_input_measures_every_way(tmp_path):
+    photo = Image.open(CHINA)
+    for i in range(70):
+        photo.crop((4 * i, 2 * i, 4 * i + 300, 2 * i + 200)).save(tmp_path / f"{i}.jpg")
+    said = bench.measure(str(tmp_path), size=64, count=64, short_side=100, rounds=1)
+    assert said.startswith("64 images a round, of 64, 1 rounds, crops of 64 pixels")
+    for row in (
+        "torchvision",
+        "files, loop",
+        "files, pipeline, 1 threads",
+        "shards, loop",
+        "shards, pipeline, 1 threads",
+    ):
+        assert re.search(rf"^{row} +\d+ +\d+ +\d+\.\d\d$", said, re.MULTILINE), row
+    (decibels,) = re.findall(r"(\d+\.\d) dB", said)
+    assert float(decibels) > 35
+
+
+def test_input_needs_images(tmp_path):
+    with pytest.raises(UserError, match="holds no images"):
+        bench.measure(str(tmp_path), size=64, count=64, short_side=100, rounds=1)

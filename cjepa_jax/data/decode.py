@@ -99,9 +99,10 @@ def random_box(
     Area uniform in `scale`, aspect ratio in `ratio` uniform in its logarithm; ten
     tries, then the largest central crop whose aspect ratio is in range.
     """
-    for _ in range(10):
-        area = width * height * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+    low, high = map(math.log, ratio)
+    for _ in range(10):  # rng.random() takes a tenth of rng.uniform()'s time
+        area = width * height * (scale[0] + (scale[1] - scale[0]) * rng.random())
+        aspect = math.exp(low + (high - low) * rng.random())
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))

@@ -296,6 +296,12 @@ class Config:
     def __post_init__(self):
         require(self.seed >= 0, f"seed must be at least 0, got {self.seed}")
 
+        require(
+            self.mesh.parameters != "fsdp" or self.model.remat != "none",
+            "mesh.parameters = 'fsdp' wants model.remat = 'dots' or 'full': else the backward pass would keep every "
+            "layer's gathered parameters",
+        )
+
     @property
     def grid(self) -> int:
         """Patches a side."""

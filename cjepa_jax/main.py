@@ -7,6 +7,13 @@
 --config.GROUP.KEY=VALUE  overrides any setting, e.g. --config.data.batch_size=256,
                           --config.vicreg.projector="(2048, 2048)"
 
+Several processes, each started with the same command, train as one. Slurm and TPU
+slices are recognised; elsewhere each process is told
+
+--coordinator_address=HOST:PORT  of process 0
+--num_processes=N --process_id=0...N-1
+--start_timeout=300       seconds to wait for one another
+
 The same command in the same workdir goes on from its newest checkpoint. SIGTERM
 or Ctrl-C saves and leaves. Every setting is explained in cjepa_jax/config.py.
 
@@ -15,48 +22,29 @@ curves.png, masks.png and, where probes run, evaluation.json.
 """
 
 import pathlib
-import re
 import sys
 
-from absl import flags, logging
+from absl import flags
 from etils import epath
-from ml_collections import config_flags
 
-from cjepa_jax.config import UserError, one_line, require
-from cjepa_jax.parsing import parse
+from cjepa_jax import command
+from cjepa_jax.config import require
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="The experiment, e.g. configs/digits.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where results go; default runs/<name of the config file>.")
-
-
-def _parse_flags(argv: list[str]) -> None:
-    """Flags as absl reads them; a mistake in them is one line."""
-    if any(re.fullmatch("--?(help|helpshort)", argument) for argument in argv):
-        print(__doc__.strip())
-        sys.exit(0)
-    try:
-        rest = flags.FLAGS(argv)[1:]
-    except (AttributeError, KeyError) as error:  # ml_collections' way to say that the config lacks a key
-        reason = str(error).replace("\\n", "\n").replace("\\'", "'").split("\n")[-1].strip("'\"")
-        raise UserError(f"--config has no such setting: {reason}") from None
-    except (flags.Error, OSError) as error:
-        raise UserError(one_line(error)) from None
-    require(not rest, f"unexpected argument {rest[0] if rest else ''!r}; --help explains the command")
-    require(_CONFIG.value is not None, "--config is missing, e.g. --config=configs/digits.py")
+_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.")
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
+_PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is.")
+_TIMEOUT = flags.DEFINE_integer("start_timeout", 300, "Seconds to wait for one another.", lower_bound=1)
 
 
 def _run() -> None:
-    from cjepa_jax import train  # after the flags: importing jax takes seconds
+    from cjepa_jax import hosts, train  # after the flags: importing jax takes seconds
 
-    path = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]))
-    require(
-        path.is_file(),
-        f"--config {path} does not exist; known: {', '.join(map(str, sorted(pathlib.Path('configs').glob('*.py'))))}",
-    )
-    config = parse(_CONFIG.value.to_dict())
+    name, config = command.read_config()
+    hosts.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _TIMEOUT.value)
     workdir = _WORKDIR.value
     if workdir is None:
-        workdir = f"runs/{path.stem}"
+        workdir = f"runs/{name}"
         pathlib.Path("runs").mkdir(exist_ok=True)
     require(bool(workdir), "--workdir is empty")
     try:
@@ -67,13 +55,7 @@ def _run() -> None:
 
 def main() -> None:
     """Exit code 0; 2 after a mistake that the user can mend; 1 after any other error."""
-    try:
-        logging.set_verbosity("error")  # TFDS' and Orbax' chatter
-        _parse_flags(sys.argv)
-        _run()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command.run(_run, __doc__)
 
 
 if __name__ == "__main__":

@@ -1,30 +1,93 @@
-"""The mesh, and where every array lives; no other file knows axis names."""
+"""The mesh, and where every array lives; no other file knows axis names.
+
+The batch is split over both axes. Parameters, their moments and their average are
+whole on every device, or cut over `fsdp` and repeated over `data`.
+"""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from cjepa_jax.config import Mesh as MeshConfig
 from cjepa_jax.config import require
 
+_DATA, _FSDP = "data", "fsdp"
+_TILE = (8, 128)  # of a float32 array in a TPU's memory; a shard of other sizes would be padded to it
 
-def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The given devices, by default all of all processes, along one axis, `data`."""
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The given devices, by default all of all processes, as data x fsdp.
+
+    Raises UserError where they do not make such a grid.
+    """
     devices = jax.devices() if devices is None else devices
-    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    require(
+        len(devices) % config.fsdp == 0,
+        f"mesh.fsdp = {config.fsdp} does not divide the {len(devices)} devices",
+    )
+    shape = len(devices) // config.fsdp, config.fsdp
+    return jax.make_mesh(shape, (_DATA, _FSDP), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
-def check_batch(batch_size: int) -> None:
+def check_batch(batch_size: int, mesh: Mesh) -> None:
     """Raises UserError where the devices cannot share the batch evenly."""
-    devices = jax.device_count()
-    require(batch_size % devices == 0, f"data.batch_size = {batch_size} is not divisible by the {devices} devices")
+    require(batch_size % mesh.size == 0, f"data.batch_size = {batch_size} is not divisible by the {mesh.size} devices")
 
 
 def batch(mesh: Mesh) -> NamedSharding:
     """The first axis split over all devices."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    return NamedSharding(mesh, PartitionSpec((_DATA, _FSDP)))
+
+
+def local_rows(images: jax.ShapeDtypeStruct) -> list[int]:
+    """Which rows of a global array this process's devices hold, ascending; a mesh may interleave processes."""
+    held = images.sharding.addressable_devices_indices_map(images.shape).values()  # type: ignore[union-attr]
+    return sorted({row for index in held for row in range(*index[0].indices(images.shape[0]))})
+
+
+def from_local_rows(rows: np.ndarray, images: jax.ShapeDtypeStruct) -> jax.Array:
+    """The global array of which this process gives `local_rows`, in that order."""
+    position = {row: i for i, row in enumerate(local_rows(images))}
+
+    def held(index: Any) -> np.ndarray:
+        start, stop, _ = index[0].indices(images.shape[0])
+        return rows[position[start] : position[start] + stop - start]
+
+    return jax.make_array_from_callback(images.shape, images.sharding, held)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def parameters(shapes: Any, mesh: Mesh) -> Any:
+    """A tree of shapes -> a tree of shardings: over `fsdp` where the shards tile, else whole.
+
+    Raises UserError where most of the numbers would stay whole although they are to be cut.
+    """
+    shards = mesh.shape[_FSDP]
+    specs = jax.tree.map(lambda x: _spec(x.shape, shards), shapes)
+    leaves = list(zip(jax.tree.leaves(shapes), jax.tree.leaves(specs), strict=True))
+    cut = sum(x.size for x, spec in leaves if spec != PartitionSpec())
+    share = cut / sum(x.size for x, _ in leaves)
+    require(
+        shards == 1 or share > 0.5,
+        f"mesh.fsdp = {shards}: only {share:.0%} of the parameters can be cut into so many shards that tile "
+        f"(rows by {_TILE[0]}, columns by {_TILE[1]}); a smaller number can do better",
+    )
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+
+
+def _spec(shape: tuple[int, ...], shards: int) -> PartitionSpec:
+    """Rows are cut rather than columns: what is gathered is then contiguous."""
+    if shards > 1:
+        for axis, tile in ((-2, _TILE[0]), (-1, _TILE[1])):
+            if len(shape) >= -axis and shape[axis] % (shards * tile) == 0:
+                spec: list[str | None] = [None] * len(shape)
+                spec[axis] = _FSDP
+                return PartitionSpec(*spec)
+    return PartitionSpec()

@@ -5,8 +5,10 @@ and K_t target tokens, D encoder width.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -15,7 +17,7 @@ import optax
 from einops import rearrange
 from flax import struct
 
-from cjepa_jax import losses, optimizer
+from cjepa_jax import losses, optimizer, sharding
 from cjepa_jax.config import Config, require
 from cjepa_jax.masking import Masks, sample_masks, target_tokens
 from cjepa_jax.models.predictor import Predictor, build_predictor
@@ -41,6 +43,7 @@ class Method:
 
     config: Config
     steps: int
+    gather: Callable[[Any], Any] | None = None  # where blocks do not hold their parameters whole: models.vit.Layers
 
     def __post_init__(self):
         size, patch = self.config.data.image_size, self.config.model.patch_size
@@ -51,12 +54,12 @@ class Method:
     @cached_property
     def encoder(self) -> Encoder:
         """For context and target alike."""
-        return build_encoder(self.config.model, grid=self.config.grid)
+        return build_encoder(self.config.model, grid=self.config.grid, gather=self.gather)
 
     @cached_property
     def predictor(self) -> Predictor:
         """From context features to target features."""
-        return build_predictor(self.config.predictor, self.config.model, grid=self.config.grid)
+        return build_predictor(self.config.predictor, self.config.model, grid=self.config.grid, gather=self.gather)
 
     @cached_property
     def projector(self) -> Projector:
@@ -144,19 +147,38 @@ def loss_fn(
     return total, (parts, full_target.mean(axis=1))
 
 
+Place = Callable[[Any], Any]  # puts a tree of arrays where they are wanted; the values stay
+
+
+def _as_they_are(tree: Any) -> Any:
+    return tree
+
+
+def _outside_blocks(place: Place, params: Any) -> Any:
+    return jax.tree.map_with_path(lambda path, x: x if "block" in jax.tree_util.keystr(path) else place(x), params)
+
+
 def train_step(
-    state: TrainState, images: jax.Array, rng: jax.Array, *, method: Method
+    state: TrainState,
+    images: jax.Array,
+    rng: jax.Array,
+    *,
+    method: Method,
+    gather: Place = _as_they_are,
+    scatter: Place = _as_they_are,
 ) -> tuple[TrainState, dict[str, jax.Array], jax.Array]:
     """State and images [B, H, W, C] uint8 -> next state, scalar metrics, pooled target features [B, D].
 
     `rng` is the constant root of the run; the masks of a step depend on it and
-    on the step alone.
+    on the step alone. `gather` places the parameters for the passes, `scatter` the
+    gradients for the update.
     """
     config = method.config
     masks = sample_masks(jax.random.fold_in(rng, state.step), config.mask, grid=config.grid, batch=len(images))
     grads, (metrics, features) = jax.grad(loss_fn, has_aux=True)(
-        state.params, state.target_params, method.patches(images), masks, method
+        gather(state.params), gather(state.target_params), method.patches(images), masks, method
     )
+    grads = scatter(grads)
     with jax.numpy_dtype_promotion("standard"):  # optax multiplies floats with its integer step count
         updates, opt_state = method.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -169,3 +191,47 @@ def train_step(
             "grad_norm": optax.tree.norm(grads),
         }
     return TrainState(state.step + 1, params, target_params, opt_state), metrics, features
+
+
+class Program(NamedTuple):
+    """The compiled parts of a run on a mesh, and where their arrays live."""
+
+    init: Any  # rng -> TrainState
+    step: Any  # TrainState, images, rng -> TrainState, metrics, features; the first argument is given away
+    state: TrainState  # shapes, dtypes and shardings
+    images: jax.ShapeDtypeStruct  # a global batch, [B, H, W, C] uint8
+    batch: jax.sharding.NamedSharding
+    whole: jax.sharding.NamedSharding
+
+
+def build(method: Method, mesh: jax.sharding.Mesh) -> Program:
+    """Nothing is computed yet. Raises UserError where the mesh does not fit the batch or the parameters."""
+    config, data = method.config, method.config.data
+    sharding.check_batch(data.batch_size, mesh)
+    whole, split = sharding.replicated(mesh), sharding.batch(mesh)
+    init = functools.partial(init_state, method=method)
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    placed = sharding.parameters(shapes, mesh)
+    whole_again = functools.partial(jax.lax.with_sharding_constraint, shardings=whole)
+    gather = scatter = _as_they_are
+    if config.mesh.parameters != "replicated":
+        gather = whole_again
+        scatter = functools.partial(jax.lax.with_sharding_constraint, shardings=placed.params)
+    if config.mesh.parameters == "fsdp":  # blocks gather for themselves, one at a time
+        gather = functools.partial(_outside_blocks, whole_again)
+        method = dataclasses.replace(method, gather=whole_again)
+    return Program(
+        init=jax.jit(init, out_shardings=placed),
+        step=jax.jit(
+            functools.partial(train_step, method=method, gather=gather, scatter=scatter),
+            in_shardings=(placed, split, whole),
+            out_shardings=(placed, whole, split),
+            donate_argnums=0,
+        ),
+        state=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed),
+        images=jax.ShapeDtypeStruct(
+            (data.batch_size, data.image_size, data.image_size, data.channels), jnp.uint8, sharding=split
+        ),
+        batch=split,
+        whole=whole,
+    )

@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import contextlib
-import functools
 import json
 import math
 import signal
@@ -15,14 +14,14 @@ import jax
 import numpy as np
 from etils import epath
 
-from cjepa_jax import checkpoint, metrics, plots, sharding
-from cjepa_jax.config import Config, require
+from cjepa_jax import checkpoint, hosts, metrics, plots, sharding
+from cjepa_jax.config import Config, UserError, require
 from cjepa_jax.data import pipeline, sources
 from cjepa_jax.diagnostics import diagnose
 from cjepa_jax.evaluate import probe
 from cjepa_jax.masking import sample_masks
 from cjepa_jax.parsing import flatten
-from cjepa_jax.step import Method, TrainState, init_state, train_step
+from cjepa_jax.step import Method, TrainState, build
 
 
 class DivergedError(RuntimeError):
@@ -45,54 +44,52 @@ def train(config: Config, workdir: epath.Path) -> TrainState:
     checkpoint.check_workdir(workdir, meta)
     reader = pipeline.Reader(train_source, data)
     probes = Probes(method, reader) if config.eval.every and train_source.classes else None
-    sharding.check_batch(data.batch_size)
+    program = build(method, sharding.make_mesh(config.mesh))
 
     if config.model.dtype == "float32":  # else TPUs and GPUs round the operands of float32 products
         jax.config.update("jax_default_matmul_precision", "highest")
-    mesh = sharding.make_mesh()
-    whole, split = sharding.replicated(mesh), sharding.batch(mesh)
-    rng_init, rng_step = jax.device_put(jax.random.split(jax.random.key(config.seed)), whole)
-    init = jax.jit(functools.partial(init_state, method=method), out_shardings=whole)
-    take_step = jax.jit(
-        functools.partial(train_step, method=method),
-        in_shardings=(whole, split, whole),
-        out_shardings=(whole, whole, split),
-        donate_argnums=0,
-    )
+    rngs = jax.jit(lambda: tuple(jax.random.split(jax.random.key(config.seed))), out_shardings=program.whole)
+    rng_init, rng_step = rngs()
 
+    hosts.meet("workdir checked")  # before the first of them makes it
     checkpoints = checkpoint.Checkpointer(workdir, config.checkpoint, meta)
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), jax.eval_shape(init, rng_init)
-    )
-    restored = checkpoints.restore(abstract)
-    state = init(rng_init) if restored is None else restored
+    restored = checkpoints.restore(program.state)
+    state = program.init(rng_init) if restored is None else restored
     start = int(state.step)
-    batches = pipeline.train_batches(
-        reader, seed=config.seed, start=start, process=jax.process_index(), processes=jax.process_count()
-    )
+    rows = sharding.local_rows(program.images)
+    batches = pipeline.train_batches(reader, seed=config.seed, start=start, rows=rows)
     checkpoint.write_config(workdir, meta["config"])
     if jax.process_index() == 0:
         print(_headline(method, train_source, state, start), file=sys.stderr, flush=True)
-        _draw_masks(reader, rng_step, method, workdir)
+        _draw_masks(reader, method, workdir)
 
     log = metrics.Metrics(workdir, start=start, steps=steps, batch_size=data.batch_size)
     compiled_diagnose = jax.jit(diagnose)
-    step, stopping, skipped = start, False, 0
+    votes = hosts.Votes(program.batch, program.whole)
+    step, asked, skipped = start, hosts.GO_ON, 0
     running: Any = ()  # the metrics of the step that the devices work on
     pending = None  # metrics are fetched one step late, so that the devices never wait for the host
-    with contextlib.closing(checkpoints), contextlib.closing(log), _Feed(batches, split) as feed, _Stop() as stop:
-        while step < steps and not stopping:
+    with (
+        contextlib.closing(checkpoints),
+        contextlib.closing(log),
+        _Feed(batches, program.images) as feed,
+        _Stop() as stop,
+    ):
+        while step < steps and asked == hosts.GO_ON:
             images = feed.take(running)
-            state, step_metrics, features = take_step(state, images, rng_step)
+            state, step_metrics, features = program.step(state, images, rng_step)
             jax.block_until_ready(running)  # one step ahead is enough; without end, images would pile up there
-            running = step_metrics
-            step, stopping = step + 1, stop.requested
+            asked = votes.result()
+            votes.cast(hosts.FAIL if feed.failure else hosts.STOP if stop.requested else hosts.GO_ON)
+            running, step = step_metrics, step + 1
             _flush(log, pending)
             pending = None
             log.tick(step, feed.seconds_waited)
             if step % config.log.every == 0 or step == steps:
                 pending = step, step_metrics | compiled_diagnose(features) | {"data/skipped": len(reader.unreadable)}
-            if checkpoints.due(step) or step == steps or stopping:
+            if checkpoints.due(step) or step == steps or asked != hosts.GO_ON:
+                asked = max(asked, votes.result())
+                feed.check(failed=asked == hosts.FAIL)
                 _check_finite(step, step_metrics)
                 checkpoints.save(step, state)
             if probes and step % config.eval.every == 0 and step < steps:
@@ -105,7 +102,7 @@ def train(config: Config, workdir: epath.Path) -> TrainState:
                 skipped += 1
         _flush(log, pending)
         if probes and start < step == steps:
-            log.write(step, probes.report(state, init(rng_init), workdir))
+            log.write(step, probes.report(state, program.init(rng_init), workdir))
     if jax.process_index() == 0:
         plots.curves(metrics.read(workdir), workdir / "curves.png")
         print(_farewell(workdir, step, steps), file=sys.stderr)
@@ -118,9 +115,11 @@ class _Feed:
     """Batches on the devices, one ahead of the step; knows for how long the devices stood idle for want of one."""
 
     seconds_waited = 0.0
+    failure: Exception | None = None  # of this process, among several; the others must hear of it before it leaves
 
-    def __init__(self, batches: grain.DatasetIterator, sharding: jax.sharding.Sharding):
-        self._batches, self._sharding = batches, sharding
+    def __init__(self, batches: grain.DatasetIterator, images: jax.ShapeDtypeStruct):
+        """Images: the global batch; of it `batches` gives this process's rows."""
+        self._batches, self._images = batches, images
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
         self._next = self._thread.submit(self._fetch)
 
@@ -128,17 +127,30 @@ class _Feed:
         return self
 
     def _fetch(self) -> jax.Array:
-        return jax.make_array_from_process_local_data(self._sharding, next(self._batches))
+        return sharding.from_local_rows(next(self._batches), self._images)
 
     def take(self, running: Any) -> jax.Array:
         """The next batch; `running` are results of the step that the devices work on meanwhile."""
         while not (self._next.done() or all(x.is_ready() for x in jax.tree.leaves(running))):
             time.sleep(0.0005)
         idle_since = time.perf_counter()
-        batch = self._next.result()
+        try:
+            batch = self._next.result()
+        except Exception as error:
+            if jax.process_count() == 1:
+                raise
+            self.failure = error
+            nothing = np.zeros((len(sharding.local_rows(self._images)), *self._images.shape[1:]), np.uint8)
+            # For the step that the others take too; its result is never saved.
+            return sharding.from_local_rows(nothing, self._images)
         self.seconds_waited += time.perf_counter() - idle_since
         self._next = self._thread.submit(self._fetch)
         return batch
+
+    def check(self, *, failed: bool) -> None:
+        """Raises where the batches of some process have failed."""
+        if failed:
+            raise self.failure or UserError("another process could not read its images and says why; all have stopped")
 
     def __exit__(self, *_):
         self._thread.shutdown()
@@ -255,8 +267,8 @@ def _farewell(workdir: epath.Path, step: int, steps: int) -> str:
     return f"finished at step {steps}; results are in {workdir}"
 
 
-def _draw_masks(reader: pipeline.Reader, rng: jax.Array, method: Method, workdir: epath.Path) -> None:
+def _draw_masks(reader: pipeline.Reader, method: Method, workdir: epath.Path) -> None:
     config = method.config
     first = next(pipeline.ordered_batches(reader, size=6, crop_fraction=1.0))[0]
-    sampled = jax.jit(lambda key: sample_masks(key, config.mask, grid=config.grid, batch=len(first)))(rng)
-    plots.masks(first, jax.device_get(sampled), workdir / "masks.png", grid=config.grid)
+    sample = jax.jit(lambda key: sample_masks(key, config.mask, grid=config.grid, batch=len(first)))
+    plots.masks(first, jax.device_get(sample(jax.random.key(config.seed))), workdir / "masks.png", grid=config.grid)

@@ -1,15 +1,22 @@
-"""One device against eight: the same numbers, statistics over the global batch included."""
+"""One device against eight, for every way to share: the same numbers, and shards where they should be."""
 
+import collections
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
+from jax.sharding import PartitionSpec
 
 from cjepa_jax import sharding
+from cjepa_jax.checkpoint import Checkpointer
+from cjepa_jax.config import UserError
 from cjepa_jax.masking import sample_masks
-from cjepa_jax.step import Method, init_state, loss_fn, train_step
+from cjepa_jax.step import Method, build, init_state, loss_fn, train_step
 
 BATCH = 16
 
@@ -19,7 +26,7 @@ def initial(method: Method):
 
 
 def loss_and_gradients(method: Method, devices: int):
-    mesh = sharding.make_mesh(jax.devices()[:devices])
+    mesh = sharding.make_mesh(method.config.mesh, jax.devices()[:devices])
     whole, split = sharding.replicated(mesh), sharding.batch(mesh)
     state = jax.device_put(initial(method), whole)
     images = jax.random.randint(jax.random.key(1), (BATCH, 8, 8, 1), 0, 256).astype(jnp.uint8)
@@ -86,3 +93,131 @@ def test_fifty_steps_compile_once(make_config):
     assert step._cache_size() == 1
     assert len(set(losses)) == 50
     assert int(state.step) == 50
+
+
+# Ways to share the parameters and to compute the layers
+
+
+WIDE = {"model__size": "256x2x4", "predictor__width": 128, "predictor__depth": 2, "vicreg__projector": (256,)}
+WAYS = {  # parameters, fsdp, layers, remat
+    "scanned": ("replicated", 1, "scanned", "none"),
+    "dots": ("replicated", 1, "unrolled", "dots"),
+    "zero1 of 4": ("zero1", 4, "unrolled", "none"),
+    "zero1 of 8, scanned": ("zero1", 8, "scanned", "full"),
+    "fsdp of 4": ("fsdp", 4, "unrolled", "dots"),
+    "fsdp of 8, scanned": ("fsdp", 8, "scanned", "full"),
+}
+
+
+def program(make_config, way=("replicated", 1, "unrolled", "none"), devices=8):
+    keys = ("mesh__parameters", "mesh__fsdp", "model__layers", "model__remat")
+    config = make_config(**WIDE, **dict(zip(keys, way, strict=True)))
+    return build(Method(config, steps=10), sharding.make_mesh(config.mesh, jax.devices()[:devices]))
+
+
+def images():
+    return jax.random.randint(jax.random.key(1), (BATCH, 8, 8, 1), 0, 256).astype(jnp.uint8)
+
+
+@pytest.fixture
+def three_steps():
+    def run(program):
+        state, metrics = program.init(jax.random.key(0)), []
+        for _ in range(3):
+            state, step_metrics, _ = program.step(state, images(), jax.random.key(2))
+            metrics.append(step_metrics)
+        return jax.device_get(metrics), state
+
+    return run
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_takes_the_same_steps(make_config, three_steps, way):
+    expected, reference = three_steps(program(make_config, devices=1))
+    found, state = three_steps(program(make_config, WAYS[way]))
+    for a, b in zip(expected, found, strict=True):
+        for name in a:
+            np.testing.assert_allclose(a[name], b[name], rtol=2e-4, atol=1e-6, err_msg=name)
+    # Adam divides a gradient by its own size: where that is rounding, so is the step, of learning rate's size at most.
+    for a, b in zip(*map(jax.tree.leaves, jax.device_get((reference.params, state.params))), strict=True):
+        assert np.linalg.norm(a - b) <= 1e-3 * np.linalg.norm(a) + 1e-5 * a.size**0.5
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_shards_are_where_they_should_be(make_config, way):
+    built = program(make_config, WAYS[way])
+    _, shards, _, _ = WAYS[way]
+    state = built.init(jax.random.key(0))
+    kernels = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in jax.tree.leaves_with_path(state)
+    }
+    trees = ("params/encoder", "target_params", "opt_state")
+    for tree in trees:
+        found = [x for name, x in kernels.items() if name.startswith(tree) and name.endswith("fc1/kernel")]
+        assert found
+        for x in found:
+            assert x.sharding.shard_shape(x.shape) == (x.shape[0] // shards, x.shape[1])
+            assert len(x.sharding.device_set) == 8
+    assert kernels["step"].sharding.spec == PartitionSpec()
+    after, _, _ = built.step(state, images(), jax.random.key(2))
+    for a, b in zip(jax.tree.leaves(built.state), jax.tree.leaves(after), strict=True):
+        assert a.sharding.is_equivalent_to(b.sharding, b.ndim)
+
+
+@pytest.mark.parametrize("way", ["replicated", *WAYS])
+def test_the_collectives_are_those_expected(make_config, way):
+    """Gradients and statistics are summed; parameters are gathered where they are cut, and nothing else is moved."""
+    built = program(make_config, *([WAYS[way]] if way in WAYS else []))
+    text = built.step.lower(built.state, images(), jax.random.key(2)).compile().as_text()
+    found = re.findall(r"= (\S+?\[[\d,]*\]).* (all-\w+|reduce-scatter|collective-\w+)(?:-start)?\(", text)
+    kinds = collections.Counter(kind for _, kind in found)
+    assert kinds.keys() == {"all-reduce", "all-gather"}
+    sizes = [
+        math.prod(map(int, re.findall(r"\d+", shape.split("[")[1]))) for shape, kind in found if kind == "all-gather"
+    ]
+    cut = way in WAYS and WAYS[way][1] > 1
+    assert (max(sizes) > 10_000) == cut  # indices of tokens are gathered in any case
+
+
+def test_nothing_is_whole_on_one_device_at_the_start(make_config):
+    built = program(make_config, WAYS["fsdp of 8, scanned"])
+    analysis = built.init.lower(jax.random.key(0)).compile().memory_analysis()
+    total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(built.state))
+    assert analysis.output_size_in_bytes + analysis.temp_size_in_bytes < 0.3 * total
+
+
+@pytest.mark.parametrize("other", ["zero1 of 4", "scanned", "one device"])
+def test_a_checkpoint_restores_onto_another_mesh_bit_for_bit(make_config, tmp_path, other):
+    saved = program(make_config, WAYS["fsdp of 8, scanned"])
+    state, _, _ = saved.step(saved.init(jax.random.key(0)), images(), jax.random.key(2))
+    expected = jax.device_get(state)
+    options = make_config().checkpoint
+    writer = Checkpointer(epath.Path(tmp_path), options, {"fingerprint": ""})
+    writer.save(1, state)
+    writer.close()
+    built = program(make_config, devices=1) if other == "one device" else program(make_config, WAYS[other])
+    restored = Checkpointer(epath.Path(tmp_path), options, {"fingerprint": ""}).restore(built.state)
+    jax.tree.map(np.testing.assert_array_equal, expected, jax.device_get(restored))
+    for a, b in zip(jax.tree.leaves(built.state), jax.tree.leaves(restored), strict=True):
+        assert a.sharding.is_equivalent_to(b.sharding, b.ndim)
+
+
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        ({"mesh__fsdp": 3, "mesh__parameters": "zero1"}, r"mesh\.fsdp = 3 does not divide the 8 devices"),
+        ({"mesh__fsdp": 16, "mesh__parameters": "zero1"}, r"mesh\.fsdp = 16 does not divide the 8 devices"),
+        (
+            {"mesh__fsdp": 8, "mesh__parameters": "zero1", "model__size": "96x2x4"},
+            "only .*% of the parameters can be cut",
+        ),
+        ({"mesh__fsdp": 2}, r"mesh\.fsdp = 2 does not go with mesh\.parameters = 'replicated'"),
+        ({"mesh__parameters": "fsdp"}, r"mesh\.fsdp = 1 does not go with mesh\.parameters = 'fsdp'"),
+        ({"mesh__fsdp": 8, "mesh__parameters": "fsdp"}, r"wants model\.remat = 'dots' or 'full'"),
+        ({"data__batch_size": 12}, r"data\.batch_size = 12 is not divisible by the 8 devices"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_named(make_config, settings, says):
+    with pytest.raises(UserError, match=says):
+        config = make_config(**(WIDE | settings))
+        build(Method(config, steps=10), sharding.make_mesh(config.mesh))

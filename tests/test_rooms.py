@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1] / "cjepa_jax"
-MATH = ["config", "parsing", "masking", "losses", "optimizer", "diagnostics", "step", "sharding", "models"]
+MATH = ["config", "parsing", "masking", "losses", "optimizer", "diagnostics", "step", "sharding", "models", "flops"]
 MATH_MAY_IMPORT = {"jax", "numpy", "einops", "flax", "optax", "dataclasses", "typing", "types", "collections"}
 MATH_MAY_IMPORT |= {"functools", "difflib", "math"}
 IO = ["data", "checkpoint", "metrics", "plots"]
@@ -51,6 +51,13 @@ def test_only_sharding_knows_axis_names():
     for path in ROOT.rglob("*.py"):
         if path.name != "sharding.py":
             assert "PartitionSpec" not in path.read_text(), path.name
+
+
+@pytest.mark.parametrize("room", ["hlo", "predict", "tpu", "command"])
+def test_what_runs_before_jax_imports_none(room):
+    """The environment that the TPU compiler wants must be set first; and --help should be quick."""
+    for path in modules(room):
+        assert not {name.split(".")[0] for name in imports(path)} & {"jax", "flax", "optax", "orbax"}, path.name
 
 
 def test_files_stay_readable():

@@ -1,9 +1,9 @@
 """The endless stream of training batches, by Grain, and a split's images in order.
 
-The global stream (shuffle, crops, augmentation) is a function of the seed alone;
-process p of n takes every n-th image of it. So the k-th global batch holds the
-same images for any number of processes and threads, and the number of batches
-taken says all there is to know to go on.
+The global stream (shuffle, crops, augmentation) is a function of the seed alone,
+and a process takes its rows of each batch of it. So the k-th global batch is the
+same, image by image, for any number of processes and threads, and the number of
+batches taken says all there is to know to go on.
 """
 
 import concurrent.futures
@@ -13,7 +13,7 @@ import functools
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
@@ -94,27 +94,37 @@ def _stack(chunks: list[list[np.ndarray]]) -> np.ndarray:
     return np.stack([image for chunk in chunks for image in chunk])
 
 
+class _Rows(Sequence[np.ndarray]):
+    """Of an endless stream cut into batches, the given rows of each batch, one after another."""
+
+    def __init__(self, stream: Sequence[np.ndarray], batch_size: int, rows: Sequence[int]):
+        self._stream, self._batch_size, self._rows = stream, batch_size, rows
+
+    def __len__(self) -> int:
+        return len(self._stream) // self._batch_size * len(self._rows)
+
+    def __getitem__(self, index):
+        batch, row = divmod(index, len(self._rows))
+        return self._stream[batch * self._batch_size + self._rows[row]]
+
+
 def train_batches(
-    reader: Reader, *, seed: int, start: int = 0, process: int = 0, processes: int = 1
+    reader: Reader, *, seed: int, start: int = 0, rows: Sequence[int] | None = None
 ) -> grain.DatasetIterator:
-    """Endless iterator over this process's share of the batches from `start` on, [B / processes, H, W, C] uint8.
+    """Endless iterator over the batches from `start` on: of each the given rows, by default all, [n, H, W, C] uint8.
 
     Every image comes once an epoch, in an order that the seed and the epoch
     give; a batch may hold the end of one epoch and the start of the next. In the
     place of an image that cannot be read stands a random other one.
 
-    Raises UserError where the processes cannot share a batch, and, in the midst,
-    where too many images cannot be read.
+    Raises UserError, in the midst, where too many images cannot be read.
     """
     data = reader.data
-    require(
-        data.batch_size % processes == 0,
-        f"data.batch_size = {data.batch_size} is not divisible by the {processes} processes",
-    )
-    share = data.batch_size // processes
+    rows = range(data.batch_size) if rows is None else rows
+    share = len(rows)
     chunk = math.gcd(share, _CHUNK)
     indices = grain.MapDataset.range(len(reader.source)).seed(seed).shuffle().repeat()
-    images = indices.random_map(_RandomCrop(reader))[process::processes]
+    images = grain.MapDataset.source(_Rows(indices.random_map(_RandomCrop(reader)), data.batch_size, rows))
     chunks = images.batch(chunk, drop_remainder=True, batch_fn=list)  # copied once, into the batch
     options = grain.ReadOptions(num_threads=threads(data), prefetch_buffer_size=data.prefetch * share // chunk)
     batches = iter(chunks.to_iter_dataset(options).batch(share // chunk, batch_fn=_stack))

@@ -5,7 +5,8 @@ width, P predictor width.
 """
 
 import functools
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -19,7 +20,6 @@ from cjepa_jax.models.vit import (
     Block,
     Layers,
     apply_blocks,
-    build_layers,
     kernel_init,
     layer_norm,
     parse_size,
@@ -66,7 +66,9 @@ class Predictor(nn.Module):
         return rearrange(dense(self.features, "head")(x), "(b m) k d -> b m k d", m=blocks).astype(jnp.float32)
 
 
-def build_predictor(predictor: Config, model: Model, *, grid: int) -> Predictor:
+def build_predictor(
+    predictor: Config, model: Model, *, grid: int, gather: Callable[[Any], Any] | None = None
+) -> Predictor:
     """The predictor that a config describes, with the encoder's heads.
 
     Raises UserError for a width that the heads or the positions do not divide.
@@ -84,5 +86,5 @@ def build_predictor(predictor: Config, model: Model, *, grid: int) -> Predictor:
         grid=grid,
         init_scheme=model.init,
         dtype=jnp.dtype(model.dtype),
-        layers=build_layers(model),
+        layers=Layers(model.layers == "scanned", model.remat, gather),
     )

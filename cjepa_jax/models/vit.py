@@ -142,6 +142,7 @@ class Layers(NamedTuple):
 
     scanned: bool  # one compiled block in a loop, rather than `depth` of them
     remat: Literal["none", "dots", "full"]  # what the backward pass computes anew: nothing, all but Dense outputs, all
+    gather: Callable[[Any], Any] | None = None  # makes a block's parameters whole; anew on the way back
 
 
 def apply_blocks(
@@ -155,7 +156,8 @@ def apply_blocks(
         return x
 
     def layer(x: jax.Array, params: Any) -> jax.Array:
-        return cast(jax.Array, make(parent=None).apply({"params": params}, x, valid))
+        whole = layers.gather(params) if layers.gather else params
+        return cast(jax.Array, make(parent=None).apply({"params": whole}, x, valid))
 
     if layers.remat != "none":
         dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
@@ -199,11 +201,7 @@ class Encoder(nn.Module):
         return layer_norm(x, name="norm")
 
 
-def build_encoder(model: Model, *, grid: int) -> Encoder:
+def build_encoder(model: Model, *, grid: int, gather: Callable[[Any], Any] | None = None) -> Encoder:
     """The encoder that a config describes."""
-    return Encoder(parse_size(model.size), grid, model.init, jnp.dtype(model.dtype), build_layers(model))
-
-
-def build_layers(model: Model) -> Layers:
-    """How a config wants stacks of blocks computed."""
-    return Layers(model.layers == "scanned", model.remat)
+    layers = Layers(model.layers == "scanned", model.remat, gather)
+    return Encoder(parse_size(model.size), grid, model.init, jnp.dtype(model.dtype), layers)

@@ -1,0 +1,57 @@
+"""What the commands share: a config from the command line, and one line for a mistake."""
+
+import pathlib
+import re
+import sys
+from collections.abc import Callable
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from cjepa_jax.config import Config, UserError, one_line, require
+from cjepa_jax.parsing import parse
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="The experiment, e.g. configs/digits.py.")
+
+
+def read_config() -> tuple[str, Config]:
+    """The name of --config's file, without .py, and its experiment with the overrides applied.
+
+    Raises UserError.
+    """
+    require(_CONFIG.value is not None, "--config is missing, e.g. --config=configs/digits.py")
+    path = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]))
+    require(
+        path.is_file(),
+        f"--config {path} does not exist; known: {', '.join(map(str, sorted(pathlib.Path('configs').glob('*.py'))))}",
+    )
+    return path.stem, parse(_CONFIG.value.to_dict())
+
+
+def run(body: Callable[[], None], doc: str) -> None:
+    """Parses the flags and runs the body. Exit code 0; 2 after a mistake that the user can mend; 1 after other errors.
+
+    doc: what --help prints.
+    """
+    try:
+        logging.set_verbosity("error")  # TFDS' and Orbax' chatter
+        _parse_flags(sys.argv, doc)
+        body()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _parse_flags(argv: list[str], doc: str) -> None:
+    """Flags as absl reads them; a mistake in them is one line."""
+    if any(re.fullmatch("--?(help|helpshort)", argument) for argument in argv):
+        print(doc.strip())
+        sys.exit(0)
+    try:
+        rest = flags.FLAGS(argv)[1:]
+    except (AttributeError, KeyError) as error:  # ml_collections' way to say that the config lacks a key
+        reason = str(error).replace("\\n", "\n").replace("\\'", "'").split("\n")[-1].strip("'\"")
+        raise UserError(f"--config has no such setting: {reason}") from None
+    except (flags.Error, OSError) as error:
+        raise UserError(one_line(error)) from None
+    require(not rest, f"unexpected argument {rest[0] if rest else ''!r}; --help explains the command")

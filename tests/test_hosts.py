@@ -1,0 +1,199 @@
+"""Several real processes on this machine, each with simulated devices, against one process."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from cjepa_jax import hosts
+from cjepa_jax.config import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+SMALL = [
+    "--config=configs/digits.py",
+    "--config.model.size=64x2x2",
+    "--config.predictor.width=32",
+    "--config.predictor.depth=1",
+    "--config.data.batch_size=16",
+    "--config.eval.every=0",
+    "--config.log.every=1",
+    "--config.checkpoint.every=5",
+    "--config.optim.epochs=0.1114",  # ten steps of 1,437 images
+    "--config.optim.warmup_epochs=0.02",
+]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def start(count: int, devices: int, *arguments: str) -> list[subprocess.Popen[str]]:
+    """The command in `count` processes that know of one another, with `devices` simulated devices each."""
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_cpu_use_fusion_emitters=false",
+        "JAX_PLATFORMS": "cpu",
+    }
+    address = f"localhost:{free_port()}"
+    several = [f"--coordinator_address={address}", f"--num_processes={count}"] if count > 1 else []
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "cjepa_jax.main", *SMALL, *arguments]
+            + (several and [*several, f"--process_id={process}"]),
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for process in range(count)
+    ]
+
+
+def finish(processes: list[subprocess.Popen[str]], *codes: int) -> list[str]:
+    said = [process.communicate(timeout=300)[0] for process in processes]
+    found = [process.returncode for process in processes]
+    assert found == list(codes or [0] * len(processes)), "\n\n".join(said)
+    return said
+
+
+def losses(workdir: pathlib.Path) -> list[float]:
+    return [json.loads(line)["loss/total"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def saved(workdir: pathlib.Path, step: int):
+    """The state, on one device, whatever devices saved it."""
+    path = workdir / "checkpoints" / str(step) / "state"
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with ocp.StandardCheckpointer() as checkpointer:
+        found = checkpointer.metadata(path).item_metadata.tree
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), found)
+        return checkpointer.restore(path, shapes)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> pathlib.Path:
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    finish(start(1, 4, f"--workdir={workdir}"))
+    return workdir
+
+
+SHARED = ["--config.mesh.parameters=fsdp", "--config.model.remat=dots", "--config.model.layers=scanned"]
+
+
+@pytest.mark.parametrize(
+    "count, devices, settings",
+    [(2, 2, []), (4, 1, []), (2, 2, ["--config.mesh.fsdp=4", *SHARED])],
+    ids=["two", "four", "two, fsdp over both"],
+)
+def test_processes_train_as_one(alone, tmp_path, count, devices, settings):
+    """The same losses and the same checkpoint; process 0 alone writes metrics and says how far it is."""
+    workdir = tmp_path / "run"
+    said = finish(start(count, devices, f"--workdir={workdir}", *settings))
+    np.testing.assert_allclose(losses(workdir), losses(alone), rtol=1e-4)
+    for step in (5, 10):
+        for a, b in zip(*map(jax.tree.leaves, (saved(workdir, step), saved(alone, step))), strict=True):
+            a, b = np.asarray(a, float), np.asarray(b, float)
+            assert np.linalg.norm(a - b) <= 1e-3 * np.linalg.norm(b) + 1e-4 * a.size**0.5
+    assert "step 10/10" in said[0] and not any("step 10/10" in other for other in said[1:])
+
+
+def test_another_number_of_processes_goes_on(alone, tmp_path):
+    """Two processes take the second half of what one has begun: same images, same crops, same masks."""
+    workdir = tmp_path / "run"
+    shutil.copytree(alone, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "10")
+    said = finish(start(2, 2, f"--workdir={workdir}"))
+    assert "going on from step 5" in said[0]
+    np.testing.assert_allclose(losses(workdir), losses(alone), rtol=1e-4)
+
+
+def test_a_stop_of_one_stops_all_after_the_same_step(tmp_path):
+    workdir = tmp_path / "run"
+    processes = start(2, 1, f"--workdir={workdir}", "--config.optim.epochs=1000", "--config.checkpoint.every=100000")
+    while not (workdir / "metrics.jsonl").exists() or len(losses(workdir)) < 3:
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.1)
+    processes[1].send_signal(signal.SIGTERM)
+    said = finish(processes)
+    step = max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.is_dir())
+    assert f"stopped and saved at step {step}" in said[0]
+    assert int(saved(workdir, step)["step"]) == step
+
+
+def test_an_error_of_one_stops_all_and_saves_nothing_of_it(tmp_path):
+    """Process 1 finds its images gone."""
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        np.savez(tmp_path / f"{name}.npz", train_images=rng.integers(0, 256, (32, 8, 8), np.uint8))
+    workdir = tmp_path / "run"
+    before = (
+        "import sys; from cjepa_jax.data import sources; "
+        "sources.Source.read = lambda self, i: (_ for _ in ()).throw(sources.UnreadableError('gone')) "
+        "if '--process_id=1' in sys.argv else self.records[i]; from cjepa_jax import main; main.main()"
+    )
+    address = f"--coordinator_address=localhost:{free_port()}"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", before, *SMALL, f"--workdir={workdir}", address, "--num_processes=2"]
+            + [f"--process_id={process}", "--config.data.max_bad_fraction=1.0"],
+            cwd=ROOT,
+            env=os.environ | {"XLA_FLAGS": ""},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for process in range(2)
+    ]
+    said = finish(processes, 2, 2)
+    assert "error: another process could not read its images" in said[0]
+    assert "error: 100 images in a row cannot be read" in said[1]
+    assert not list((workdir / "checkpoints").glob("[0-9]*"))
+
+
+def test_a_process_that_cannot_be_reached_is_named(tmp_path):
+    address = f"localhost:{free_port()}"
+    done = subprocess.run(
+        [sys.executable, "-m", "cjepa_jax.main", *SMALL, f"--workdir={tmp_path / 'run'}", "--start_timeout=3"]
+        + [f"--coordinator_address={address}", "--num_processes=2", "--process_id=1"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2, done.stderr
+    assert f"did not find one another within 3 s through {address}" in done.stderr
+
+
+def test_half_of_the_flags_are_refused():
+    with pytest.raises(UserError, match="--num_processes and --process_id missing"):
+        hosts.start("localhost:1", None, None, 1)
+
+
+def test_nothing_is_started_where_nothing_asks_for_it(monkeypatch):
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: pytest.fail("started"))
+    for variables in ({}, {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, {"SLURM_NTASKS": "4"}):
+        with monkeypatch.context() as patch:
+            for key, value in variables.items():
+                patch.setenv(key, value)
+            hosts.start(None, None, None, 1)
+
+
+def test_slurm_starts_it(monkeypatch):
+    started = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **given: started.append(given))
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_PROCID", "2")
+    hosts.start(None, None, None, 7)
+    assert [given["initialization_timeout"] for given in started] == [7]

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 
 from cjepa_jax import losses, sharding
+from cjepa_jax.config import Mesh
 from cjepa_jax.masking import Masks
 from cjepa_jax.models.projector import Projector
 from cjepa_jax.step import Method, init_state, loss_fn
@@ -145,7 +146,7 @@ def test_order_of_views_images_and_features_does_not_matter(vicreg, views, axis)
 
 @pytest.mark.parametrize("views", VIEWS)
 def test_the_batch_is_the_global_one(vicreg, views):
-    z, mesh = draw(4, 16, 8), sharding.make_mesh()
+    z, mesh = draw(4, 16, 8), sharding.make_mesh(Mesh(fsdp=1, parameters="replicated"))
     rows = jax.device_put(z.swapaxes(0, 1), sharding.batch(mesh))  # two images a device
     split = jax.jit(lambda z: z.swapaxes(0, 1))(rows)
     assert split.addressable_shards[0].data.shape == (4, 2, 8)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cjepa_jax import sharding
-from cjepa_jax.config import UserError
+from cjepa_jax.config import Mesh, UserError
 from cjepa_jax.masking import Masks, sample_masks, target_tokens
 from cjepa_jax.models.vit import masked_mean, take
 from cjepa_jax.step import Method, init_state
@@ -265,7 +265,11 @@ def test_masks_are_a_function_of_the_step_and_not_of_the_devices(make_mask, reci
         return sample_masks(jax.random.fold_in(jax.random.key(0), step), mask, grid=14, batch=16)
 
     one = jax.jit(masks_of, compiler_options=QUICK)
-    eight = jax.jit(masks_of, compiler_options=QUICK, out_shardings=sharding.batch(sharding.make_mesh()))
+    eight = jax.jit(
+        masks_of,
+        compiler_options=QUICK,
+        out_shardings=sharding.batch(sharding.make_mesh(Mesh(fsdp=1, parameters="replicated"))),
+    )
     split = eight(7)
     for x in split:
         assert len(x.sharding.device_set) == 8 and x.addressable_shards[0].data.shape[0] == 2

@@ -134,7 +134,10 @@ def _npz(data: Data, split: str) -> Source:
 
 def _folder(data: Data, split: str) -> Source:
     require(bool(data.data_dir), "data.data_dir is empty: --config.data.data_dir=FOLDER names the folder of images")
-    found = folder.scan(data.data_dir)
+    try:
+        found = folder.scan(data.data_dir)
+    except UserError as error:
+        raise UserError(f"data.data_dir: {error}") from None
     files = [file for name, part in _parts(split, **found.splits) for file in found.splits[name][part]]
 
     def read(index: int) -> Record:

@@ -49,7 +49,7 @@ class Checkpointer:
             return None
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), meta=ocp.args.JsonRestore())
         try:
-            with _quiet_on_error():
+            with quiet_on_error():
                 restored = self._manager.restore(step, args=args)
         except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
             reason = one_line(error)[:300]
@@ -81,7 +81,7 @@ class Checkpointer:
 
 
 @contextlib.contextmanager
-def _quiet_on_error() -> Iterator[None]:
+def quiet_on_error() -> Iterator[None]:
     """Of several reads that fail, Orbax raises the first; the others' threads would print tracebacks over it."""
     with contextlib.redirect_stderr(io.StringIO()) as said:
         try:

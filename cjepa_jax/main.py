@@ -4,6 +4,8 @@
 
 --config=FILE             the experiment; its docstring says what it needs
 --workdir=DIR             where results go; default runs/<name of the config file>
+--init=DIR                starts from the networks of another checkpoint instead of
+                          random ones: a workdir, or what cjepa_jax.convert wrote
 --config.GROUP.KEY=VALUE  overrides any setting, e.g. --config.data.batch_size=256,
                           --config.vicreg.projector="(2048, 2048)"
 
@@ -31,6 +33,7 @@ from cjepa_jax import command
 from cjepa_jax.config import require
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where results go; default runs/<name of the config file>.")
+_INIT = flags.DEFINE_string("init", None, "A checkpoint whose networks to start from.")
 _COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.")
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
 _PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is.")
@@ -48,7 +51,7 @@ def _run() -> None:
         pathlib.Path("runs").mkdir(exist_ok=True)
     require(bool(workdir), "--workdir is empty")
     try:
-        train.train(config, epath.Path(workdir))
+        train.train(config, epath.Path(workdir), init=epath.Path(_INIT.value) if _INIT.value else None)
     except train.DivergedError as error:
         sys.exit(f"error: {error}")
 

@@ -40,6 +40,16 @@ def flatten(config: Config) -> dict[str, Any]:
     return flat
 
 
+def group(cls: Any, flat: Mapping[str, Any], name: str) -> Any:
+    """The dataclass of one group from a flat config, without the keys that it does not know.
+
+    Raises UserError for a missing key, a wrong type, or a rejected value.
+    """
+    known = {field.name for field in dataclasses.fields(cls)}
+    values = {key.removeprefix(f"{name}."): value for key, value in flat.items() if key.startswith(f"{name}.")}
+    return _build(cls, {key: value for key, value in values.items() if key in known}, f"{name}.")
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Two flat configs -> "key: old -> new" for each key that may not change within a workdir."""
     return [

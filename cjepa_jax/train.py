@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from cjepa_jax import checkpoint, hosts, metrics, plots, sharding
+from cjepa_jax import checkpoint, hosts, metrics, plots, pretrained, sharding
 from cjepa_jax.config import Config, UserError, require
 from cjepa_jax.data import pipeline, sources
 from cjepa_jax.diagnostics import diagnose
@@ -28,8 +28,10 @@ class DivergedError(RuntimeError):
     """The loss is no longer a number."""
 
 
-def train(config: Config, workdir: epath.Path) -> TrainState:
+def train(config: Config, workdir: epath.Path, init: epath.Path | None = None) -> TrainState:
     """Trains to the end, or from where the workdir stands, or until SIGTERM or Ctrl-C; returns the last state.
+
+    `init` is a checkpoint whose encoders and predictor a new run starts from, instead of random ones.
 
     Raises UserError for settings that do not fit the data, the devices or the
     workdir, before anything is compiled or written; DivergedError when the loss is not
@@ -45,6 +47,10 @@ def train(config: Config, workdir: epath.Path) -> TrainState:
     reader = pipeline.Reader(train_source, data)
     probes = Probes(method, reader) if config.eval.every and train_source.classes else None
     program = build(method, sharding.make_mesh(config.mesh))
+    networks = pretrained.load(init, ("encoder", "predictor", "target_encoder")).params if init else {}
+    for tower, params in networks.items():
+        wanted = program.state.target_params if tower == "target_encoder" else program.state.params[tower]
+        pretrained.check(params, wanted, f"--init {init}: its {tower}")
 
     if config.model.dtype == "float32":  # else TPUs and GPUs round the operands of float32 products
         jax.config.update("jax_default_matmul_precision", "highest")
@@ -55,6 +61,10 @@ def train(config: Config, workdir: epath.Path) -> TrainState:
     checkpoints = checkpoint.Checkpointer(workdir, config.checkpoint, meta)
     restored = checkpoints.restore(program.state)
     state = program.init(rng_init) if restored is None else restored
+    if restored is None and networks:
+        target = networks.pop("target_encoder")
+        state = state.replace(params=state.params | networks, target_params=target)
+        state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, program.state))
     start = int(state.step)
     rows = sharding.local_rows(program.images)
     batches = pipeline.train_batches(reader, seed=config.seed, start=start, rows=rows)

@@ -9,7 +9,7 @@ ROOT = pathlib.Path(__file__).parents[1] / "cjepa_jax"
 MATH = ["config", "parsing", "masking", "losses", "optimizer", "diagnostics", "step", "sharding", "models", "flops"]
 MATH_MAY_IMPORT = {"jax", "numpy", "einops", "flax", "optax", "dataclasses", "typing", "types", "collections"}
 MATH_MAY_IMPORT |= {"functools", "difflib", "math"}
-IO = ["data", "checkpoint", "metrics", "plots"]
+IO = ["data", "checkpoint", "pretrained", "metrics", "plots"]
 TRAINING = {f"cjepa_jax.{name}" for name in ("train", "main", "step", "losses", "optimizer")}
 
 

@@ -1,0 +1,135 @@
+"""The networks of a checkpoint without the rest of its training: for evaluation, fine-tuning, conversion, new runs."""
+
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from cjepa_jax.checkpoint import quiet_on_error
+from cjepa_jax.config import Model, Predictor, UserError, one_line, require
+from cjepa_jax.parsing import group
+
+# Where a checkpoint's state holds each of them.
+TOWERS = {
+    "encoder": ("params", "encoder"),
+    "predictor": ("params", "predictor"),
+    "projector": ("params", "projector"),
+    "head": ("params", "head"),
+    "target_encoder": ("target_params",),
+}
+_KEYS = ("data.image_size", "data.mean", "data.std", "model.", "predictor.")  # of config.json, all that is read
+
+
+class Pretrained(NamedTuple):
+    """Networks, and what it takes to run them."""
+
+    model: Model
+    predictor: Predictor | None  # its width and depth, where the checkpoint has one
+    image_size: int  # pixels a side, in training
+    mean: tuple[float, ...]  # per channel, of values in [0, 1]
+    std: tuple[float, ...]
+    step: int
+    params: dict[str, Any]  # tower -> its parameters, NumPy arrays
+
+
+def load(path: epath.Path, towers: Sequence[str]) -> Pretrained:
+    """The towers (keys of TOWERS) of a workdir's newest checkpoint, or of the given one, WORKDIR/checkpoints/STEP.
+
+    Nothing else is read, and no device is touched. Raises UserError for a path
+    that is no checkpoint, one that cannot be read, and a tower that it lacks.
+    """
+    workdir, state = _find(path)
+    config = _read_config(workdir / "config.json")
+    checkpointer = ocp.PyTreeCheckpointer()
+    try:
+        with quiet_on_error():
+            metadata = checkpointer.metadata(state).item_metadata
+            require(metadata is not None, f"checkpoint {state.parent} cannot be read: its metadata is damaged")
+            tree = metadata.tree
+            item = _nest(tree["step"], {tower: _part(tree, tower, state) for tower in towers})
+            item = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), item)
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+            arguments = ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True)
+            restored = checkpointer.restore(state, args=arguments)
+    except UserError:
+        raise
+    except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
+        raise UserError(f"checkpoint {state.parent} cannot be read ({one_line(error)[:300]})") from error
+    return Pretrained(
+        model=group(Model, config, "model"),
+        predictor=group(Predictor, config, "predictor") if "predictor.width" in config else None,
+        image_size=config["data.image_size"],
+        mean=tuple(config["data.mean"]),
+        std=tuple(config["data.std"]),
+        step=int(restored["step"]),
+        params={tower: _part(restored, tower, state) for tower in towers},
+    )
+
+
+def save(workdir: epath.Path, pretrained: Pretrained) -> None:
+    """Writes what `load` reads; `workdir` must not exist yet."""
+    state = _nest(np.asarray(pretrained.step, np.int32), pretrained.params)
+    ocp.PyTreeCheckpointer().save(workdir.resolve() / "checkpoints" / str(pretrained.step) / "state", state)
+    config = {f"data.{key}": getattr(pretrained, key) for key in ("image_size", "mean", "std")}
+    for name in ("model", "predictor"):
+        if (settings := getattr(pretrained, name)) is not None:
+            config |= {f"{name}.{key}": value for key, value in vars(settings).items()}
+    (workdir / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def check(found: Any, wanted: Any, what: str) -> None:
+    """Raises UserError where two trees differ in names or shapes, and says which; `what` names the first."""
+    has, wants = (
+        {jax.tree_util.keystr(k, simple=True, separator="/"): x.shape for k, x in leaves}
+        for leaves in (jax.tree_util.tree_leaves_with_path(tree) for tree in (found, wanted))
+    )
+    wrong = [f"{name} is missing" for name in wants.keys() - has.keys()]
+    wrong += [f"{name} is not wanted" for name in has.keys() - wants.keys()]
+    wrong += [f"{k} is {has[k]}, not {wants[k]}" for k in has.keys() & wants.keys() if has[k] != wants[k]]
+    more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+    require(not wrong, f"{what} does not fit the config: {'; '.join(sorted(wrong)[:5])}{more}")
+
+
+def _find(path: epath.Path) -> tuple[epath.Path, epath.Path]:
+    """Of a workdir, or one checkpoint of it: the workdir, and the folder of the state."""
+    require(path.is_dir(), f"--checkpoint {path} does not exist; wanted: a workdir, or WORKDIR/checkpoints/STEP")
+    path = path.resolve()
+    if (path / "state").is_dir():
+        return path.parent.parent, path / "state"
+    folder = path / "checkpoints"
+    steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
+    require(bool(steps), f"--checkpoint {path} holds no checkpoint; wanted: a workdir, or WORKDIR/checkpoints/STEP")
+    return path, folder / str(max(steps)) / "state"
+
+
+def _read_config(file: epath.Path) -> dict[str, Any]:
+    require(file.is_file(), f"{file} is missing; a checkpoint's networks are described there")
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({one_line(error)})") from None
+    return {key: value for key, value in config.items() if key.startswith(_KEYS)}
+
+
+def _nest(step: Any, parts: dict[str, Any]) -> dict[str, Any]:
+    """The parts of each tower where a checkpoint's state holds them."""
+    state = {"step": step}
+    for tower, part in parts.items():
+        *above, last = TOWERS[tower]
+        parent = state
+        for key in above:
+            parent = parent.setdefault(key, {})
+        parent[last] = part
+    return state
+
+
+def _part(tree: Any, tower: str, state: epath.Path) -> Any:
+    for key in TOWERS[tower]:
+        if key not in tree:
+            raise UserError(f"checkpoint {state.parent} has no {tower}")
+        tree = tree[key]
+    return tree

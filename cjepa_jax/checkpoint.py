@@ -4,6 +4,7 @@ The stream of batches needs no entry: it is a function of the config and the ste
 """
 
 import contextlib
+import importlib.util
 import io
 import json
 import sys
@@ -18,6 +19,9 @@ from etils import epath
 from cjepa_jax.config import Checkpoint, UserError, one_line, require
 from cjepa_jax.parsing import differences
 
+# Files and folders, and TensorBoard's events, on gs://.
+GCS_INSTALL = "pip install gcsfs==2026.10.1 google-cloud-storage==3.17.1"
+
 
 class Checkpointer:
     """The checkpoints of one workdir.
@@ -31,12 +35,12 @@ class Checkpointer:
         self._directory = workdir / "checkpoints"
         self._meta = meta
         options = ocp.CheckpointManagerOptions(
-            save_interval_steps=checkpoint.every,
             max_to_keep=checkpoint.keep_last,
             keep_period=checkpoint.keep_every or None,
             enable_async_checkpointing=True,
         )
-        self._manager = ocp.CheckpointManager(self._directory.resolve(), options=options)
+        self._manager = ocp.CheckpointManager(absolute(self._directory), options=options)
+        self._every = checkpoint.every
 
     def restore(self, abstract_state: Any) -> Any | None:
         """The newest state, or None where there is none yet.
@@ -73,7 +77,7 @@ class Checkpointer:
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint belongs at this step."""
-        return self._manager.should_save(step)
+        return step % self._every == 0
 
     def close(self) -> None:
         """Waits until everything is on disk."""
@@ -92,10 +96,32 @@ def quiet_on_error() -> Iterator[None]:
     sys.stderr.write(said.getvalue())
 
 
+def is_remote(path: epath.Path) -> bool:
+    """Whether it lies in an object store, gs:// say: no folders, no appending, and files that appear whole."""
+    return "://" in str(path)
+
+
+def absolute(path: epath.Path) -> epath.Path:
+    """As Orbax wants it; `resolve` would take gs:// for a folder here."""
+    return path if is_remote(path) else path.resolve()
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of a package above it
+        return False
+
+
 def check_workdir(workdir: epath.Path, meta: dict[str, Any]) -> None:
     """Raises UserError where `workdir` cannot be used for this experiment."""
+    lacking = [name for name in ("gcsfs", "google.cloud.storage") if not _installed(name)]
     require(
-        str(workdir).startswith("gs://") or workdir.resolve().parent.is_dir(),
+        not (str(workdir).startswith("gs://") and lacking),
+        f"--workdir {workdir}: {' and '.join(lacking)} missing; {GCS_INSTALL}",
+    )
+    require(
+        is_remote(workdir) or workdir.resolve().parent.is_dir(),
         f"--workdir {workdir}: {workdir.parent} does not exist; make it first, or mend the path",
     )
     require(not workdir.exists() or workdir.is_dir(), f"--workdir {workdir} is a file")
@@ -117,10 +143,16 @@ def check_workdir(workdir: epath.Path, meta: dict[str, Any]) -> None:
     )
 
 
+def write_whole(path: epath.Path, text: str) -> None:
+    """Writes a file that is never seen half."""
+    new = path if is_remote(path) else path.with_name(f"{path.name}.new")
+    new.write_text(text)
+    if new != path:
+        new.replace(path)
+
+
 def write_config(workdir: epath.Path, config: dict[str, Any]) -> None:
     """Makes the workdir and writes the flat config into it, from process 0."""
     if jax.process_index() == 0:
         workdir.mkdir(exist_ok=True)
-        new = workdir / "config.json.new"
-        new.write_text(json.dumps(config, indent=1) + "\n")
-        new.replace(workdir / "config.json")
+        write_whole(workdir / "config.json", json.dumps(config, indent=1) + "\n")

@@ -9,6 +9,8 @@ from etils import epath
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from cjepa_jax.checkpoint import is_remote, write_whole
+
 _BAR = {  # metric -> its name on the bar
     "loss/total": "loss",
     "loss/prediction": "pred",
@@ -36,8 +38,8 @@ class Metrics:
         if not self._active:
             return
         self._path = workdir / "metrics.jsonl"
-        lines = [line for line in read(workdir) if line["step"] <= start]
-        self._path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        self._text = "".join(json.dumps(line) + "\n" for line in read(workdir) if line["step"] <= start)
+        write_whole(self._path, self._text)
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
         self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
 
@@ -63,8 +65,13 @@ class Metrics:
             self._clock, self._step = now, step
         if not self._active:
             return
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        line = json.dumps({"step": step, **metrics}) + "\n"
+        if is_remote(self._path):  # no appending there
+            self._text += line
+            self._path.write_text(self._text)
+        else:
+            with self._path.open("a") as file:
+                file.write(line)
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
         text = "  ".join(f"{short} {metrics[name]:.4g}" for name, short in _BAR.items() if name in metrics)

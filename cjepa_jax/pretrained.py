@@ -9,7 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from cjepa_jax.checkpoint import quiet_on_error
+from cjepa_jax.checkpoint import absolute, quiet_on_error, write_whole
 from cjepa_jax.config import Model, Predictor, UserError, one_line, require
 from cjepa_jax.parsing import group
 
@@ -73,12 +73,12 @@ def load(path: epath.Path, towers: Sequence[str]) -> Pretrained:
 def save(workdir: epath.Path, pretrained: Pretrained) -> None:
     """Writes what `load` reads; `workdir` must not exist yet."""
     state = _nest(np.asarray(pretrained.step, np.int32), pretrained.params)
-    ocp.PyTreeCheckpointer().save(workdir.resolve() / "checkpoints" / str(pretrained.step) / "state", state)
+    ocp.PyTreeCheckpointer().save(absolute(workdir) / "checkpoints" / str(pretrained.step) / "state", state)
     config = {f"data.{key}": getattr(pretrained, key) for key in ("image_size", "mean", "std")}
     for name in ("model", "predictor"):
         if (settings := getattr(pretrained, name)) is not None:
             config |= {f"{name}.{key}": value for key, value in vars(settings).items()}
-    (workdir / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    write_whole(workdir / "config.json", json.dumps(config, indent=1) + "\n")
 
 
 def check(found: Any, wanted: Any, what: str) -> None:
@@ -97,7 +97,7 @@ def check(found: Any, wanted: Any, what: str) -> None:
 def _find(path: epath.Path) -> tuple[epath.Path, epath.Path]:
     """Of a workdir, or one checkpoint of it: the workdir, and the folder of the state."""
     require(path.is_dir(), f"--checkpoint {path} does not exist; wanted: a workdir, or WORKDIR/checkpoints/STEP")
-    path = path.resolve()
+    path = absolute(path)
     if (path / "state").is_dir():
         return path.parent.parent, path / "state"
     folder = path / "checkpoints"

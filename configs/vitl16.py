@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
                 prefetch=2,
                 max_bad_fraction=0.01,
             ),
-            model=dict(size="L", patch_size=16, init="normal", dtype="bfloat16", layers="unrolled", remat="none"),
+            model=dict(size="L", patch_size=16, init="normal", dtype="bfloat16", layers="scanned", remat="dots"),
             predictor=dict(width=384, depth=12),
             # The distribution behind the published numbers; 56 is about what its cut to the batch's minimum leaves.
             mask=dict(

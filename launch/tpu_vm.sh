@@ -77,10 +77,10 @@ setup() {
   else
     on_all "git -C cjepa_jax pull --ff-only || git clone --depth=1 $REPO cjepa_jax"
   fi
-  # uv brings the Python: the images' own is too old. gcsfs is how Python reads and writes gs://.
+  # uv brings the Python: the images' own is too old. The last two are how Python reads and writes gs://.
   on_all "cd cjepa_jax && python3 -m pip install --quiet --user uv && export PATH=\$HOME/.local/bin:\$PATH && \
 uv venv --quiet --allow-existing --python=3.11 .venv && \
-uv pip install --quiet --python=.venv -r requirements.txt 'jax[tpu]==0.10.2' gcsfs==2026.10.1"
+uv pip install --quiet --python=.venv -r requirements.txt 'jax[tpu]==0.10.2' gcsfs==2026.10.1 google-cloud-storage==3.17.1"
 }
 
 run() {

@@ -58,7 +58,7 @@ def _lower(program: Any) -> Any:
     """The training step that `train` runs, lowered from shapes alone."""
     import jax
 
-    return program.step.trace(program.state, program.images, jax.eval_shape(lambda: jax.random.key(0))).lower()
+    return program.step.trace(program.state, program.inputs, jax.eval_shape(lambda: jax.random.key(0))).lower()
 
 
 def _lower_layer(

@@ -41,7 +41,7 @@ _TIMEOUT = flags.DEFINE_integer("start_timeout", 300, "Seconds to wait for one a
 
 
 def _run() -> None:
-    from cjepa_jax import hosts, train  # after the flags: importing jax takes seconds
+    from cjepa_jax import hosts, loop, train  # after the flags: importing jax takes seconds
 
     name, config = command.read_config()
     hosts.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _TIMEOUT.value)
@@ -52,7 +52,7 @@ def _run() -> None:
     require(bool(workdir), "--workdir is empty")
     try:
         train.train(config, epath.Path(workdir), init=epath.Path(_INIT.value) if _INIT.value else None)
-    except train.DivergedError as error:
+    except loop.DivergedError as error:
         sys.exit(f"error: {error}")
 
 

@@ -12,7 +12,9 @@ from cjepa_jax.masking import Masks
 
 matplotlib.rcParams.update({"font.size": 8, "axes.grid": True, "grid.alpha": 0.3})
 
-_PANELS = {
+Panels = dict[str, list[str]]  # title -> metrics; a multiple of three of them
+
+PRETRAINING: Panels = {
     "Loss": ["loss/total", "loss/prediction"],
     "Regulariser's terms": ["loss/variance", "loss/invariance", "loss/covariance"],
     "Error of the block mean": ["rep/block_mean_error"],
@@ -25,10 +27,11 @@ _PANELS = {
 }
 
 
-def curves(lines: list[dict[str, Any]], path: epath.Path) -> None:
-    """Every metric of `metrics.jsonl` against the step."""
-    figure = Figure(figsize=(11, 7.5), layout="constrained")
-    for axes, (title, names) in zip(figure.subplots(3, 3).flat, _PANELS.items(), strict=True):
+def curves(lines: list[dict[str, Any]], path: epath.Path, panels: Panels) -> None:
+    """Metrics of `metrics.jsonl` against the step."""
+    rows = len(panels) // 3
+    figure = Figure(figsize=(11, 2.5 * rows), layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(rows, 3).flat, panels.items(), strict=True):
         for name in names:
             points = [(line["step"], line[name]) for line in lines if name in line]
             axes.plot(

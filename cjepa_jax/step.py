@@ -196,20 +196,33 @@ def train_step(
 class Program(NamedTuple):
     """The compiled parts of a run on a mesh, and where their arrays live."""
 
-    init: Any  # rng -> TrainState
-    step: Any  # TrainState, images, rng -> TrainState, metrics, features; the first argument is given away
-    state: TrainState  # shapes, dtypes and shardings
-    images: jax.ShapeDtypeStruct  # a global batch, [B, H, W, C] uint8
+    init: Any  # rng -> state
+    step: Any  # state, inputs, rng -> state, metrics, what is seen of each image; the first argument is given away
+    state: Any  # shapes, dtypes and shardings
+    inputs: Any  # of a global batch: images [B, H, W, C] uint8, or with labels [B] int32
     batch: jax.sharding.NamedSharding
     whole: jax.sharding.NamedSharding
+    method: Any  # that the step runs
+    gather: Place  # places parameters for a pass of it
 
 
-def build(method: Method, mesh: jax.sharding.Mesh) -> Program:
-    """Nothing is computed yet. Raises UserError where the mesh does not fit the batch or the parameters."""
+def build(
+    method: Any,
+    mesh: jax.sharding.Mesh,
+    *,
+    init: Callable[..., Any] = init_state,
+    step: Callable[..., Any] = train_step,
+    labelled: bool = False,
+) -> Program:
+    """Nothing is computed yet. Raises UserError where the mesh does not fit the batch or the parameters.
+
+    `method` has a `config` with groups `data` and `mesh`, and the field `gather`;
+    `init` and `step` have the signatures of `init_state` and `train_step`, and a state has `params`.
+    """
     config, data = method.config, method.config.data
     sharding.check_batch(data.batch_size, mesh)
     whole, split = sharding.replicated(mesh), sharding.batch(mesh)
-    init = functools.partial(init_state, method=method)
+    init = functools.partial(init, method=method)
     shapes = jax.eval_shape(init, jax.random.key(0))
     placed = sharding.parameters(shapes, mesh)
     whole_again = functools.partial(jax.lax.with_sharding_constraint, shardings=whole)
@@ -220,18 +233,22 @@ def build(method: Method, mesh: jax.sharding.Mesh) -> Program:
     if config.mesh.parameters == "fsdp":  # blocks gather for themselves, one at a time
         gather = functools.partial(_outside_blocks, whole_again)
         method = dataclasses.replace(method, gather=whole_again)
+    images = jax.ShapeDtypeStruct(
+        (data.batch_size, data.image_size, data.image_size, data.channels), jnp.uint8, sharding=split
+    )
+    labels = jax.ShapeDtypeStruct((data.batch_size,), jnp.int32, sharding=split)
     return Program(
         init=jax.jit(init, out_shardings=placed),
         step=jax.jit(
-            functools.partial(train_step, method=method, gather=gather, scatter=scatter),
+            functools.partial(step, method=method, gather=gather, scatter=scatter),
             in_shardings=(placed, split, whole),
             out_shardings=(placed, whole, split),
             donate_argnums=0,
         ),
         state=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed),
-        images=jax.ShapeDtypeStruct(
-            (data.batch_size, data.image_size, data.image_size, data.channels), jnp.uint8, sharding=split
-        ),
+        inputs=(images, labels) if labelled else images,
         batch=split,
         whole=whole,
+        method=method,
+        gather=gather,
     )

@@ -127,7 +127,7 @@ def test_a_stop_of_one_stops_all_after_the_same_step(tmp_path):
         time.sleep(0.1)
     processes[1].send_signal(signal.SIGTERM)
     said = finish(processes)
-    step = max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.is_dir())
+    (step,) = [int(path.name) for path in (workdir / "checkpoints").iterdir() if path.is_dir()]
     assert f"stopped and saved at step {step}" in said[0]
     assert int(saved(workdir, step)["step"]) == step
 

@@ -18,7 +18,7 @@ from cjepa_jax import checkpoint, hosts, metrics, plots, pretrained, sharding
 from cjepa_jax.config import Config, UserError, require
 from cjepa_jax.data import pipeline, sources
 from cjepa_jax.diagnostics import diagnose
-from cjepa_jax.evaluate import probe
+from cjepa_jax.evaluate.probes import Probes, format_table
 from cjepa_jax.masking import sample_masks
 from cjepa_jax.parsing import flatten
 from cjepa_jax.step import Method, TrainState, build
@@ -45,8 +45,9 @@ def train(config: Config, workdir: epath.Path, init: epath.Path | None = None) -
     meta: dict[str, Any] = {"config": flatten(config), "fingerprint": train_source.fingerprint}
     checkpoint.check_workdir(workdir, meta)
     reader = pipeline.Reader(train_source, data)
-    probes = Probes(method, reader) if config.eval.every and train_source.classes else None
-    program = build(method, sharding.make_mesh(config.mesh))
+    mesh = sharding.make_mesh(config.mesh)
+    probes = Probes(method, reader, mesh) if config.eval.every and train_source.classes else None
+    program = build(method, mesh)
     networks = pretrained.load(init, ("encoder", "predictor", "target_encoder")).params if init else {}
     for tower, params in networks.items():
         wanted = program.state.target_params if tower == "target_encoder" else program.state.params[tower]
@@ -117,7 +118,7 @@ def train(config: Config, workdir: epath.Path, init: epath.Path | None = None) -
         plots.curves(metrics.read(workdir), workdir / "curves.png")
         print(_farewell(workdir, step, steps), file=sys.stderr)
         if (workdir / "evaluation.json").exists():
-            print(probe.format_table(json.loads((workdir / "evaluation.json").read_text()), config.eval.shots))
+            print(format_table(json.loads((workdir / "evaluation.json").read_text()), config.eval.shots))
     return state
 
 
@@ -167,57 +168,6 @@ class _Feed:
         self._batches.close()
 
 
-class Probes:
-    """kNN and linear probes on the images of both splits, with the target encoder's features."""
-
-    def __init__(self, method: Method, train: pipeline.Reader):
-        config = method.config
-        test_source = sources.load(config.data, config.data.test_split)
-        require(
-            bool(test_source.classes),
-            f"data.test_split = {config.data.test_split!r} has no labels; eval.every=0 goes without",
-        )
-        self._options = config.eval
-        self._readers = train, pipeline.Reader(test_source, config.data)
-        self._features = jax.jit(method.features)
-
-    def _labelled(self, encoders: dict[str, Any]) -> dict[str, list[probe.Labelled]]:
-        """Name -> the training and the test images as features of its encoder, or as pixels where that is None."""
-        sets: dict[str, list[probe.Labelled]] = {name: [] for name in encoders}
-        for reader in self._readers:
-            features: dict[str, list[np.ndarray]] = {name: [] for name in encoders}
-            labels: list[int | None] = []
-            size = reader.data.batch_size
-            for images, batch_labels in pipeline.ordered_batches(
-                reader, size=size, crop_fraction=self._options.crop_fraction
-            ):
-                padded = np.concatenate([images, np.zeros((size - len(images), *images.shape[1:]), np.uint8)])
-                for name, params in encoders.items():
-                    found = _thumbnails(images) if params is None else jax.device_get(self._features(params, padded))
-                    features[name].append(found[: len(images)])
-                labels.extend(batch_labels)
-            for name in encoders:
-                sets[name].append(probe.Labelled(np.concatenate(features[name]), np.array(labels)))
-        return sets
-
-    def quick(self, state: TrainState) -> dict[str, float]:
-        """`eval/knn` and `eval/linear` of the state."""
-        train, test = self._labelled({"trained": state.target_params})["trained"]
-        return {
-            "eval/knn": probe.knn(train, test, neighbours=self._options.neighbours),
-            "eval/linear": probe.linear(train, test),
-        }
-
-    def report(self, state: TrainState, untrained: TrainState, workdir: epath.Path) -> dict[str, float]:
-        """Trained, untrained and raw pixels into `evaluation.json`; returns what `quick` does."""
-        encoders = {"trained": state.target_params, "untrained": untrained.target_params, "raw pixels": None}
-        options = {key: getattr(self._options, key) for key in ("neighbours", "shots", "draws")}
-        rows = {name: probe.table(*sets, **options) for name, sets in self._labelled(encoders).items()}
-        if jax.process_index() == 0:
-            (workdir / "evaluation.json").write_text(json.dumps(rows, indent=1) + "\n")
-        return {f"eval/{name}": rows["trained"][name] for name in ("knn", "linear")}
-
-
 class _Stop:
     """SIGTERM or Ctrl-C asks the loop to save and leave; a second one ends the process at once."""
 
@@ -251,12 +201,6 @@ def _check_finite(step: int, values: dict[str, jax.Array]) -> None:
             raise DivergedError(
                 f"{name} is not finite at step {step}; lower optim.learning_rate or lengthen optim.warmup_epochs"
             )
-
-
-def _thumbnails(images: np.ndarray) -> np.ndarray:
-    """[n, H, W, C] uint8 -> pixels, every k-th where the sides are longer than 32, as features [n, D] in [0, 1]."""
-    stride = max(1, images.shape[1] // 32)
-    return images[:, stride // 2 :: stride, stride // 2 :: stride].reshape(len(images), -1) / 255
 
 
 def _headline(method: Method, source: sources.Source, state: TrainState, start: int) -> str:

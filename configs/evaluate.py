@@ -35,6 +35,7 @@ def get_config() -> ConfigDict:
                 learning_rates=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
                 weight_decays=(0.0, 5e-4, 5e-3),
                 epochs=28,
+                min_steps=3000,
                 decay_every=8,
                 batch_size=256,
                 holdout=0.1,

@@ -140,12 +140,12 @@ def central_view(reader: Reader, *, crop_fraction: float) -> View:
     return lambda index: reader.crop(index, choose_box)
 
 
-def random_view(reader: Reader, *, seed: int) -> View:
+def random_view(reader: Reader, *, seed: Sequence[int]) -> View:
     """Random crops and augmentation as `reader.data` has them, a function of the seed and the index."""
     data = reader.data
 
     def view(index: int) -> tuple[np.ndarray, int | None]:
-        rng = np.random.default_rng((seed, index))
+        rng = np.random.default_rng((*seed, index))
         choose_box = functools.partial(decode.random_box, scale=data.crop_scale, ratio=data.crop_ratio, rng=rng)
         pixels, label = reader.crop(index, choose_box)
         return augment(pixels, data, rng), label

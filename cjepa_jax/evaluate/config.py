@@ -61,13 +61,14 @@ class Linear:
     learning_rates: tuple[float, ...]  # the grid, trained at once: for 256 images, scaled with batch_size
     weight_decays: tuple[float, ...]
     epochs: int
+    min_steps: int  # where these epochs have fewer steps, they are repeated, and decay_every is multiplied alike
     decay_every: int  # epochs after which the learning rate is a tenth
     batch_size: int
     holdout: float  # share of the training images that choose the member of the grid
     augment: bool  # features of new random views each epoch, instead of those of central crops, computed once
 
     def __post_init__(self):
-        at_least("linear", 1, epochs=self.epochs, decay_every=self.decay_every)
+        at_least("linear", 1, epochs=self.epochs, min_steps=self.min_steps, decay_every=self.decay_every)
         at_least("linear", 2, batch_size=self.batch_size)
         at_least("linear", 1, **{f"layers[{i}]": x for i, x in enumerate(self.layers)})
         for key in ("layers", "learning_rates", "weight_decays"):

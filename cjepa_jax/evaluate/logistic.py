@@ -8,11 +8,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from cjepa_jax import sharding
-from cjepa_jax.evaluate.sets import Labelled
+from cjepa_jax.evaluate.sets import Labelled, spread
 
 
 class Classifier(NamedTuple):
@@ -72,9 +70,9 @@ def fit(
 
 def accuracy(train: Labelled, test: Labelled, *, classes: int, mesh: jax.sharding.Mesh) -> float:
     """Share of the test images that the classifier gets right; the devices share the images."""
-    features, labels = _spread(train, mesh)
+    features, labels = spread(train, mesh)
     classifier = fit(features, labels, classes=classes)
-    features, labels = _spread(test, mesh)
+    features, labels = spread(test, mesh)
     right = _right(classifier, features, labels)
     return int(right) / len(test.labels)
 
@@ -82,11 +80,3 @@ def accuracy(train: Labelled, test: Labelled, *, classes: int, mesh: jax.shardin
 @jax.jit
 def _right(classifier: Classifier, features: jax.Array, labels: jax.Array) -> jax.Array:
     return (classifier.logits(features).argmax(axis=1) == labels).sum()
-
-
-def _spread(images: Labelled, mesh: jax.sharding.Mesh) -> tuple[jax.Array, jax.Array]:
-    """On all devices, filled up with rows of the label -1."""
-    more = -len(images.labels) % mesh.size
-    features = np.pad(images.features, ((0, more), (0, 0)))
-    labels = np.pad(images.labels, (0, more), constant_values=-1)
-    return tuple(jax.device_put((features, labels), sharding.batch(mesh)))

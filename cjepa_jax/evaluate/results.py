@@ -30,7 +30,7 @@ class File:
             "checkpoint": str(subject.workdir),
             "step": subject.networks.step,
             "tower": subject.tower,
-            "encoders": list(subject.params),
+            "encoders": sorted(subject.params),
             "model": vars(subject.networks.model),
             "data": {"crop_fraction": subject.crop_fraction, **vars(subject.data)},
             "settings": flatten(subject.settings),
@@ -74,7 +74,11 @@ class File:
 
 def table(method: str, rows: Rows) -> str:
     """A row an encoder; of its measures the numbers, shares of images as %."""
-    columns = [key for key, value in next(iter(rows.values())).items() if isinstance(value, int | float)]
+    columns = [
+        key
+        for key, value in next(iter(rows.values())).items()
+        if isinstance(value, int | float) or "mean" in _dict(value)
+    ]
     head = [method, *columns]
     body = [[name, *(_cell(key, row[key]) if key in row else "" for key in columns)] for name, row in rows.items()]
     widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
@@ -82,5 +86,11 @@ def table(method: str, rows: Rows) -> str:
     return "\n" + "\n".join(lines)
 
 
-def _cell(key: str, value: float) -> str:
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _cell(key: str, value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{_cell(key, value['mean'])} +- {_cell(key, value['std'])}"
     return f"{100 * value:.2f}" if key.endswith("%") else f"{value:.4g}"

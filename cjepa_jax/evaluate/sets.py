@@ -5,8 +5,10 @@ Shapes: n training and m test images, D features.
 
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
+from cjepa_jax import sharding
 from cjepa_jax.config import require
 
 
@@ -43,6 +45,14 @@ def check_classes(train: np.ndarray, test: np.ndarray, *, names: tuple[str, str]
             len(lost) == 0,
             f"{name} lacks {len(lost)} classes that the other split has (labels {few}); give splits with the same ones",
         )
+
+
+def spread(images: Labelled, mesh: jax.sharding.Mesh) -> tuple[jax.Array, jax.Array]:
+    """Features and labels on all devices, each a share, filled up with rows of the label -1."""
+    more = -len(images.labels) % mesh.size
+    padded = np.pad(images.features, ((0, more), (0, 0))), np.pad(images.labels, (0, more), constant_values=-1)
+    features, labels = jax.device_put(padded, sharding.batch(mesh))
+    return features, labels
 
 
 def few(labels: np.ndarray, *, shots: int, draws: int, seed: int) -> list[np.ndarray]:

@@ -12,7 +12,7 @@ from cjepa_jax.config import Mesh, require
 from cjepa_jax.data import pipeline, sources
 from cjepa_jax.evaluate import features
 from cjepa_jax.evaluate.config import Evaluation, resolve
-from cjepa_jax.evaluate.sets import Labelled, Splits, check_classes
+from cjepa_jax.evaluate.sets import Splits, check_classes
 from cjepa_jax.models.vit import parse_size
 
 CHECKPOINT, UNTRAINED, PIXELS = "checkpoint", "untrained", "raw pixels"  # names of encoders
@@ -36,7 +36,7 @@ class Subject:
         model = self.networks.model
         self.data, self.crop_fraction = resolve(settings, self.saved)
         size = parse_size(model.size)
-        self.width, layers = size.width, min(layers, size.depth)
+        self.width, self.depth, layers = size.width, size.depth, min(layers, size.depth)
         trained_size = self.networks.image_size
         encoder = features.encoder_for(model, image_size=self.data.image_size, trained_size=trained_size)
         values = model.patch_size**2 * self.data.channels
@@ -52,8 +52,14 @@ class Subject:
         if baselines:
             encoders |= {UNTRAINED: apply, PIXELS: features.pixels}
             params |= {UNTRAINED: jax.jit(init)(np.zeros(patches.shape, np.float32))["params"], PIXELS: {}}
-        self.params = jax.device_put(params, sharding.replicated(self.mesh))
-        self.extractor = features.Extractor(encoders, self.mesh, batch_size=settings.data.batch_size)
+        whole = sharding.replicated(self.mesh)
+        self.params = {name: jax.device_put(tree, whole) for name, tree in params.items()}
+        self._encoders = encoders
+        self.extractor = self.make_extractor(settings.data.batch_size)
+
+    def make_extractor(self, batch_size: int) -> features.Extractor:
+        """Of features of all encoders, by batches of this size."""
+        return features.Extractor(self._encoders, self.mesh, batch_size=batch_size)
 
     @functools.cached_property
     def train(self) -> pipeline.Reader:
@@ -85,12 +91,16 @@ class Subject:
 
         Raises UserError where labels are missing, or a split lacks classes of the other.
         """
+        return {
+            name: Splits(
+                *(images._replace(features=self.last(name, images.features, layers=layers)) for images in found)
+            )
+            for name, found in self._features.items()
+        }
 
-        def last(name: str, images: Labelled) -> Labelled:
-            first = 0 if name == PIXELS else max(0, images.features.shape[1] - layers * self.width)
-            return images._replace(features=images.features[:, first:])
-
-        return {name: Splits(*(last(name, images) for images in found)) for name, found in self._features.items()}
+    def last(self, name: str, features: Any, *, layers: int) -> Any:
+        """Of an encoder's features [n, D] those of its last `layers` blocks; pixels have no layers."""
+        return features if name == PIXELS else features[:, -layers * self.width :]
 
     @property
     def classes(self) -> int:

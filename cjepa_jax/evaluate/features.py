@@ -67,23 +67,25 @@ def pixels(params: Any, images: jax.Array) -> jax.Array:
 class Extractor:
     """Features of the same images by several encoders, in one pass over them.
 
-    Processes share the reading; the features come to all of them.
+    Processes share the reading, devices the work, without a word to one another.
     """
 
     def __init__(self, encoders: Mapping[str, Apply], mesh: jax.sharding.Mesh, *, batch_size: int):
         """batch_size is rounded up to a multiple of the devices."""
         self.size = math.ceil(batch_size / mesh.size) * mesh.size
-        self._batch, whole = sharding.batch(mesh), sharding.replicated(mesh)
+        self._batch = sharding.batch(mesh)
         self._encoders = {
-            name: jax.jit(apply, in_shardings=(None, self._batch), out_shardings=whole)
+            name: jax.jit(apply, in_shardings=(None, self._batch), out_shardings=self._batch)
             for name, apply in encoders.items()
         }
-        self._gather = jax.jit(lambda x: x, out_shardings=whole)
 
     def batches(
         self, params: Mapping[str, Any], reader: pipeline.Reader, indices: Sequence[int], view: pipeline.View
     ) -> Iterator[tuple[dict[str, jax.Array], jax.Array]]:
-        """Encoder's name -> features [size, D], with labels [size]; rows labelled NO_IMAGE hold nothing."""
+        """Encoder's name -> features [size, D], with labels [size], on the devices; rows of NO_IMAGE hold nothing.
+
+        params: encoder's name -> parameters, whole on every device.
+        """
         data = reader.data
         shape = (self.size, data.image_size, data.image_size, data.channels)
         images = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=self._batch)
@@ -92,7 +94,7 @@ class Extractor:
         for mine, my_labels in pipeline.labelled_batches(reader, indices, size=self.size, view=view, rows=rows):
             batch = sharding.from_local_rows(mine, images)
             found = {name: self._encoders[name](p, batch) for name, p in params.items()}
-            yield found, self._gather(sharding.from_local_rows(my_labels, labels))
+            yield found, sharding.from_local_rows(my_labels, labels)
 
     def split(
         self, params: Mapping[str, Any], reader: pipeline.Reader, indices: Sequence[int], view: pipeline.View
@@ -103,7 +105,7 @@ class Extractor:
         waiting: list[Any] = []  # a batch is fetched while the devices work on the next
 
         def fetch() -> None:
-            found, labels = jax.device_get(waiting.pop())
+            found, labels = sharding.fetch(waiting.pop())
             read = labels != pipeline.NO_IMAGE
             for name, values in found.items():
                 features[name].append(values[read])

@@ -66,11 +66,13 @@ def fit(
     probes: dict[str, Probe] = {}
     for epoch, batches in enumerate(epochs):
         factor = np.float32(0.1 ** (epoch // decay_every))
+        now = {name: (rates * factor, decays) for name, (rates, decays) in members.items()}
         for features, labels in batches:
-            for name, (rates, decays) in members.items():
-                if name not in probes:
-                    probes[name] = init(len(rates), width=features[name].shape[1], classes=classes)
-                probes[name] = train_step(probes[name], features[name], labels, rates * factor, decays)
+            if not probes:
+                widths = {name: features[name].shape[1] for name in members}
+                probes = {n: init(len(x[0]), width=widths[n], classes=classes) for n, x in members.items()}
+            jax.block_until_ready(probes)  # one batch ahead of the devices is enough
+            probes = train_steps(probes, features, labels, now)
     return probes
 
 
@@ -87,6 +89,16 @@ def _logits(params: dict[str, jax.Array], normalised: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
+def train_steps(
+    probes: dict[str, Probe],
+    features: Mapping[str, jax.Array],
+    labels: jax.Array,
+    members: Mapping[str, tuple[jax.Array, jax.Array]],
+) -> dict[str, Probe]:
+    """`train_step` of every representation, as one program."""
+    return {name: train_step(probe, features[name], labels, *members[name]) for name, probe in probes.items()}
+
+
 def train_step(
     probe: Probe, features: jax.Array, labels: jax.Array, learning_rates: jax.Array, weight_decays: jax.Array
 ) -> Probe:

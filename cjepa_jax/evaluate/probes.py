@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from cjepa_jax import sharding
 from cjepa_jax.config import Eval, require
 from cjepa_jax.data import pipeline, sources
 from cjepa_jax.evaluate import features, knn, logistic
@@ -33,9 +34,11 @@ class Probes:
         self._readers = train, pipeline.Reader(test_source, config.data)
         apply = features.mean_features(config.model, config.data, trained_size=config.data.image_size)
         encoders = {"trained": apply, "untrained": apply, "raw pixels": features.pixels}
+        self._whole = jax.jit(lambda params: params, out_shardings=sharding.replicated(mesh))
         self._extractor = features.Extractor(encoders, mesh, batch_size=config.data.batch_size)
 
     def _splits(self, params: Mapping[str, Any]) -> dict[str, Splits]:
+        params = self._whole(params)
         sets = []
         for reader in self._readers:
             images = len(reader.source)

@@ -4,6 +4,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from absl import flags, logging
 from ml_collections import config_flags
@@ -14,8 +15,8 @@ from cjepa_jax.parsing import parse
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="The experiment, e.g. configs/digits.py.")
 
 
-def read_config() -> tuple[str, Config]:
-    """The name of --config's file, without .py, and its experiment with the overrides applied.
+def read_config(cls: Any = Config) -> tuple[str, Any]:
+    """The name of --config's file, without .py, and what it describes, a `cls`, with the overrides applied.
 
     Raises UserError.
     """
@@ -25,16 +26,18 @@ def read_config() -> tuple[str, Config]:
         path.is_file(),
         f"--config {path} does not exist; known: {', '.join(map(str, sorted(pathlib.Path('configs').glob('*.py'))))}",
     )
-    return path.stem, parse(_CONFIG.value.to_dict())
+    return path.stem, parse(_CONFIG.value.to_dict(), cls)
 
 
-def run(body: Callable[[], None], doc: str) -> None:
+def run(body: Callable[[], None], doc: str, *, config: str | None = None) -> None:
     """Parses the flags and runs the body. Exit code 0; 2 after a mistake that the user can mend; 1 after other errors.
 
-    doc: what --help prints.
+    doc: what --help prints. config: the --config of a command line that names none.
     """
     try:
         logging.set_verbosity("error")  # TFDS' and Orbax' chatter
+        if config and not any(re.match("--?config(=|$)", argument) for argument in sys.argv):
+            sys.argv.insert(1, f"--config={config}")
         _parse_flags(sys.argv, doc)
         body()
     except UserError as error:

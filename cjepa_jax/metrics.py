@@ -22,6 +22,7 @@ _BAR = {  # metric -> its name on the bar
     "images_per_second": "img/s",
     "data/wait_fraction": "wait",
 }
+_PROBES = ("eval/knn", "eval/linear")
 
 
 class Metrics:
@@ -75,7 +76,7 @@ class Metrics:
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
         text = "  ".join(f"{short} {metrics[name]:.4g}" for name, short in _BAR.items() if name in metrics)
-        probes = "  ".join(f"{name} {value:.1%}" for name, value in metrics.items() if name.startswith("eval/"))
+        probes = "  ".join(f"{name} {value:.1%}" for name, value in metrics.items() if name in _PROBES)
         if self._bar.disable:
             print(f"step {step}/{self._bar.total}  {text}  {probes}".rstrip(), file=sys.stderr, flush=True)
         else:

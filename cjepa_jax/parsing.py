@@ -1,6 +1,7 @@
 """A config file's nested dict -> the checked dataclasses of config.py, and what two of them differ in."""
 
 import dataclasses
+import types
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -22,17 +23,17 @@ FREE_TO_CHANGE = (
 )
 
 
-def parse(config: Mapping[str, Any]) -> Config:
-    """Nested dict of groups (`ConfigDict.to_dict()`) -> Config.
+def parse(config: Mapping[str, Any], cls: Any = Config) -> Any:
+    """Nested dict of groups (`ConfigDict.to_dict()`) -> Config, or another dataclass of groups.
 
     Raises UserError for an unknown or missing key, a wrong type, or a value
     that its group rejects.
     """
-    return _build(Config, config, "")
+    return _build(cls, config, "")
 
 
-def flatten(config: Config) -> dict[str, Any]:
-    """Config -> {"group.key": value}, in order; tuples become lists, as JSON has them."""
+def flatten(config: Any) -> dict[str, Any]:
+    """What `parse` gives -> {"group.key": value}, in order; tuples become lists, as JSON has them."""
     flat = {}
     for group, value in dataclasses.asdict(config).items():
         entries = {f"{group}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {group: value}
@@ -76,6 +77,8 @@ def _build(cls: Any, values: Any, prefix: str) -> Any:
 def _check(hint: Any, value: Any, key: str) -> Any:
     """The value as the type hint wants it, or UserError."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):  # of a type and None
+        return None if value is None else _check(args[0], value, key)
     if origin is Literal:
         require(value in args, f"{key} must be one of {', '.join(args)}, got {value!r}")
         return value
@@ -86,7 +89,7 @@ def _check(hint: Any, value: Any, key: str) -> Any:
         return tuple(_check(args[0], v, key) for v in value)
     accepted = (int, float) if hint is float else hint
     require(
-        isinstance(value, accepted) and not isinstance(value, bool),
+        isinstance(value, accepted) and isinstance(value, bool) == (hint is bool),
         f"{key} must be {hint.__name__}, got {value!r}",
     )
     return hint(value)

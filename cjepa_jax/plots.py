@@ -1,6 +1,7 @@
 """Pictures of a run: its curves, and its masks over a few images."""
 
 import io
+from collections.abc import Mapping
 from typing import Any
 
 import matplotlib
@@ -62,6 +63,21 @@ def masks(images: np.ndarray, sampled: Masks, path: epath.Path, *, grid: int) ->
             axes.imshow(picture)
             axes.set_axis_off()
             axes.set_title(f"{title} ({members.sum()})")
+    _save(figure, path)
+
+
+def spectra(found: Mapping[str, np.ndarray], path: epath.Path) -> None:
+    """Name -> standard deviations along the principal axes, relative to the largest."""
+    figure = Figure(figsize=(5, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for name, values in found.items():
+        axes.plot(np.arange(1, len(values) + 1), values / max(values[0], 1e-30), label=name)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=1e-4)
+    axes.set_xlabel("principal axis")
+    axes.set_ylabel("std along it / largest")
+    axes.legend()
     _save(figure, path)
 
 

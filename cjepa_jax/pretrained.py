@@ -21,7 +21,6 @@ TOWERS = {
     "head": ("params", "head"),
     "target_encoder": ("target_params",),
 }
-_KEYS = ("data.image_size", "data.mean", "data.std", "model.", "predictor.")  # of config.json, all that is read
 
 
 class Pretrained(NamedTuple):
@@ -94,6 +93,12 @@ def check(found: Any, wanted: Any, what: str) -> None:
     require(not wrong, f"{what} does not fit the config: {'; '.join(sorted(wrong)[:5])}{more}")
 
 
+def describe(path: epath.Path) -> tuple[epath.Path, dict[str, Any]]:
+    """The workdir of what `load` loads, and all of its flat config.json. Raises UserError."""
+    workdir, _ = _find(path)
+    return workdir, _read_config(workdir / "config.json")
+
+
 def _find(path: epath.Path) -> tuple[epath.Path, epath.Path]:
     """Of a workdir, or one checkpoint of it: the workdir, and the folder of the state."""
     require(path.is_dir(), f"--checkpoint {path} does not exist; wanted: a workdir, or WORKDIR/checkpoints/STEP")
@@ -112,7 +117,8 @@ def _read_config(file: epath.Path) -> dict[str, Any]:
         config = json.loads(file.read_text())
     except ValueError as error:
         raise UserError(f"{file} is damaged ({one_line(error)})") from None
-    return {key: value for key, value in config.items() if key.startswith(_KEYS)}
+    require(isinstance(config, dict), f"{file} is damaged: no settings by name")
+    return dict(config)
 
 
 def _nest(step: Any, parts: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cjepa_jax.config import Mesh as MeshConfig
@@ -57,6 +58,13 @@ def from_local_rows(rows: np.ndarray, images: jax.ShapeDtypeStruct) -> jax.Array
         return rows[position[start] : position[start] + stop - start]
 
     return jax.make_array_from_callback(images.shape, images.sharding, held)
+
+
+def fetch(tree: Any) -> Any:
+    """The whole arrays, on the host of every process; all of them must ask."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

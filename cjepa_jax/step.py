@@ -22,7 +22,7 @@ from cjepa_jax.config import Config, require
 from cjepa_jax.masking import Masks, sample_masks, target_tokens
 from cjepa_jax.models.predictor import Predictor, build_predictor
 from cjepa_jax.models.projector import Projector
-from cjepa_jax.models.vit import Encoder, build_encoder, masked_mean, patchify, take
+from cjepa_jax.models.vit import Encoder, build_encoder, masked_mean, normalised_patches, take
 
 
 class TrainState(struct.PyTreeNode):
@@ -73,12 +73,8 @@ class Method:
 
     def patches(self, images: jax.Array) -> jax.Array:
         """Images [B, H, W, C] uint8 -> normalised patches [B, N, F] float32."""
-        mean, std = (jnp.asarray(x, jnp.float32) for x in (self.config.data.mean, self.config.data.std))
-        return patchify((images.astype(jnp.float32) / 255 - mean) / std, self.config.model.patch_size)
-
-    def features(self, encoder_params: Any, images: jax.Array) -> jax.Array:
-        """Images [B, H, W, C] uint8 -> mean over the patches of the encoder's output, [B, D]."""
-        return _apply(self.encoder, encoder_params, self.patches(images)).mean(axis=1)
+        data = self.config.data
+        return normalised_patches(images, mean=data.mean, std=data.std, patch_size=self.config.model.patch_size)
 
 
 def init_state(rng: jax.Array, method: Method) -> TrainState:

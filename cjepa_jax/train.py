@@ -6,14 +6,13 @@ from typing import Any
 
 import grain
 import jax
-import numpy as np
 from etils import epath
 
 from cjepa_jax import checkpoint, loop, plots, pretrained, sharding
-from cjepa_jax.config import Config, require
+from cjepa_jax.config import Config
 from cjepa_jax.data import pipeline, sources
 from cjepa_jax.diagnostics import diagnose
-from cjepa_jax.evaluate import probe
+from cjepa_jax.evaluate.probes import Probes, format_table
 from cjepa_jax.masking import sample_masks
 from cjepa_jax.parsing import flatten
 from cjepa_jax.step import Method, TrainState, build
@@ -29,7 +28,7 @@ def train(config: Config, workdir: epath.Path, init: epath.Path | None = None) -
     """
     state: TrainState = loop.run(Pretraining(config, workdir, init), workdir)
     if jax.process_index() == 0 and (workdir / "evaluation.json").exists():
-        print(probe.format_table(json.loads((workdir / "evaluation.json").read_text()), config.eval.shots))
+        print(format_table(json.loads((workdir / "evaluation.json").read_text()), config.eval.shots))
     return state
 
 
@@ -50,9 +49,10 @@ class Pretraining:
         checkpoint.check_workdir(workdir, self.meta)
         self.reader = pipeline.Reader(source, data)
         self.probe_every = config.eval.every if source.classes else 0
+        mesh = sharding.make_mesh(config.mesh)
         if self.probe_every:
-            self._probes = Probes(self._method, self.reader)
-        self.program = build(self._method, sharding.make_mesh(config.mesh))
+            self._probes = Probes(self._method, self.reader, mesh)
+        self.program = build(self._method, mesh)
         self._networks = pretrained.load(init, ("encoder", "predictor", "target_encoder")).params if init else {}
         state = self.program.state
         for tower, params in self._networks.items():
@@ -93,63 +93,6 @@ class Pretraining:
     def report(self, state: TrainState, rng: jax.Array) -> dict[str, float]:
         """The whole table."""
         return self._probes.report(state, self.program.init(rng), self._workdir)
-
-
-class Probes:
-    """kNN and linear probes on the images of both splits, with the target encoder's features."""
-
-    def __init__(self, method: Method, train: pipeline.Reader):
-        config = method.config
-        test_source = sources.load(config.data, config.data.test_split)
-        require(
-            bool(test_source.classes),
-            f"data.test_split = {config.data.test_split!r} has no labels; eval.every=0 goes without",
-        )
-        self._options = config.eval
-        self._readers = train, pipeline.Reader(test_source, config.data)
-        self._features = jax.jit(method.features)
-
-    def _labelled(self, encoders: dict[str, Any]) -> dict[str, list[probe.Labelled]]:
-        """Name -> the training and the test images as features of its encoder, or as pixels where that is None."""
-        sets: dict[str, list[probe.Labelled]] = {name: [] for name in encoders}
-        for reader in self._readers:
-            features: dict[str, list[np.ndarray]] = {name: [] for name in encoders}
-            labels: list[int | None] = []
-            size = reader.data.batch_size
-            for images, batch_labels in pipeline.ordered_batches(
-                reader, size=size, crop_fraction=self._options.crop_fraction
-            ):
-                padded = np.concatenate([images, np.zeros((size - len(images), *images.shape[1:]), np.uint8)])
-                for name, params in encoders.items():
-                    found = _thumbnails(images) if params is None else jax.device_get(self._features(params, padded))
-                    features[name].append(found[: len(images)])
-                labels.extend(batch_labels)
-            for name in encoders:
-                sets[name].append(probe.Labelled(np.concatenate(features[name]), np.array(labels)))
-        return sets
-
-    def quick(self, state: TrainState) -> dict[str, float]:
-        """`eval/knn` and `eval/linear` of the state."""
-        train, test = self._labelled({"trained": state.target_params})["trained"]
-        return {
-            "eval/knn": probe.knn(train, test, neighbours=self._options.neighbours),
-            "eval/linear": probe.linear(train, test),
-        }
-
-    def report(self, state: TrainState, untrained: TrainState, workdir: epath.Path) -> dict[str, float]:
-        """Trained, untrained and raw pixels into `evaluation.json`; returns what `quick` does."""
-        encoders = {"trained": state.target_params, "untrained": untrained.target_params, "raw pixels": None}
-        options = {key: getattr(self._options, key) for key in ("neighbours", "shots", "draws")}
-        rows = {name: probe.table(*sets, **options) for name, sets in self._labelled(encoders).items()}
-        if jax.process_index() == 0:
-            (workdir / "evaluation.json").write_text(json.dumps(rows, indent=1) + "\n")
-        return {f"eval/{name}": rows["trained"][name] for name in ("knn", "linear")}
-
-
-def _thumbnails(images: np.ndarray) -> np.ndarray:
-    """[n, H, W, C] uint8 -> pixels, every k-th where the sides are longer than 32, as features [n, D] in [0, 1]."""
-    stride = max(1, images.shape[1] // 32)
-    return images[:, stride // 2 :: stride, stride // 2 :: stride].reshape(len(images), -1) / 255
 
 
 def _draw_masks(reader: pipeline.Reader, method: Method, workdir: epath.Path) -> None:

@@ -75,6 +75,6 @@ def get_config() -> ConfigDict:
             mesh=dict(fsdp=1, parameters="replicated"),
             log=dict(every=50),
             checkpoint=dict(every=1000, keep_last=2, keep_every=50_000),
-            eval=dict(every=0, crop_fraction=0.875, neighbours=20, shots=10, draws=5),
+            eval=dict(every=0, images=10_000, crop_fraction=0.875, neighbours=20, shots=10, draws=5),
         )
     )

@@ -8,6 +8,7 @@ import sklearn.datasets
 from PIL import Image
 
 from cjepa_jax.bench import input as bench
+from cjepa_jax.bench import linear as bench_linear
 from cjepa_jax.config import UserError
 
 CHINA = pathlib.Path(sklearn.datasets.__file__).parent / "images" / "china.jpg"
@@ -34,3 +35,8 @@ def test_input_measures_every_way(tmp_path):
 def test_input_needs_images(tmp_path):
     with pytest.raises(UserError, match="holds no images"):
         bench.measure(str(tmp_path), size=64, count=64, short_side=100, rounds=1)
+
+
+def test_linear_measures_both_ways():
+    said = bench_linear.measure(images=64, width=8, classes=3, members=2, batch_size=32, rounds=1)
+    assert re.search(r"^one by one +\d+ ms an epoch\n\d+\.\d times as fast in the median", said, re.MULTILINE)

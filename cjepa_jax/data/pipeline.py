@@ -24,6 +24,8 @@ from cjepa_jax.data.augment import augment
 from cjepa_jax.data.sources import Source
 
 _CHUNK = 8  # images a thread prepares at a time: fewer, larger pieces of work for Grain to keep in order
+NO_LABEL, NO_IMAGE = -1, -2  # in the place of a label
+View = Callable[[int], tuple[np.ndarray, int | None]]  # index of an image -> a crop of it [H, W, C] uint8, its label
 _TRIES = 100  # of images that stand in for an unreadable one
 
 
@@ -132,6 +134,56 @@ def train_batches(
     return batches
 
 
+def central_view(reader: Reader, *, crop_fraction: float) -> View:
+    """Central crops, whose side is `crop_fraction` of the image's short side."""
+    choose_box = functools.partial(decode.central_box, fraction=crop_fraction)
+    return lambda index: reader.crop(index, choose_box)
+
+
+def random_view(reader: Reader, *, seed: Sequence[int]) -> View:
+    """Random crops and augmentation as `reader.data` has them, a function of the seed and the index."""
+    data = reader.data
+
+    def view(index: int) -> tuple[np.ndarray, int | None]:
+        rng = np.random.default_rng((*seed, index))
+        choose_box = functools.partial(decode.random_box, scale=data.crop_scale, ratio=data.crop_ratio, rng=rng)
+        pixels, label = reader.crop(index, choose_box)
+        return augment(pixels, data, rng), label
+
+    return view
+
+
+def labelled_batches(
+    reader: Reader, indices: Sequence[int], *, size: int, view: View, rows: Sequence[int] | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The images at `indices` in batches of `size`, of each the given rows, by default all.
+
+    Yields [r, H, W, C] uint8 and their labels [r] int32. Where an image cannot be
+    read, and behind the last one, there are zeros and the label NO_IMAGE; an
+    image without a label has NO_LABEL.
+
+    Raises UserError where too many cannot be read.
+    """
+    data, rows = reader.data, range(size) if rows is None else rows
+    nothing = np.zeros((data.image_size, data.image_size, data.channels), np.uint8), NO_IMAGE
+
+    def one(position: int) -> tuple[np.ndarray, int | None]:
+        if position < len(indices):
+            with contextlib.suppress(decode.UnreadableError):
+                return view(int(indices[position]))
+        return nothing
+
+    with concurrent.futures.ThreadPoolExecutor(threads(data)) as pool:
+        ahead: list[Iterator[tuple[np.ndarray, int | None]]] = []
+        for start in range(0, len(indices) + size, size):  # read one batch ahead of what the caller works on
+            if start < len(indices):
+                ahead.append(pool.map(one, [start + row for row in rows]))
+            if start:
+                found = list(ahead.pop(0))
+                labels = [NO_LABEL if label is None else label for _, label in found]
+                yield np.stack([pixels for pixels, _ in found]), np.array(labels, np.int32)
+
+
 def ordered_batches(
     reader: Reader, *, size: int, crop_fraction: float
 ) -> Iterator[tuple[np.ndarray, list[int | None]]]:
@@ -139,16 +191,8 @@ def ordered_batches(
 
     Raises UserError where too many cannot be read.
     """
-    choose_box = functools.partial(decode.central_box, fraction=crop_fraction)
-
-    def one(index: int) -> tuple[np.ndarray, int | None] | None:
-        with contextlib.suppress(decode.UnreadableError):
-            return reader.crop(index, choose_box)
-        return None
-
-    images = len(reader.source)
-    with concurrent.futures.ThreadPoolExecutor(threads(reader.data)) as pool:
-        for start in range(0, images, size):
-            found = [crop for crop in pool.map(one, range(start, min(start + size, images))) if crop]
-            if found:
-                yield np.stack([pixels for pixels, _ in found]), [label for _, label in found]
+    view = central_view(reader, crop_fraction=crop_fraction)
+    for images, labels in labelled_batches(reader, range(len(reader.source)), size=size, view=view):
+        read = labels != NO_IMAGE
+        if read.any():
+            yield images[read], [None if label == NO_LABEL else int(label) for label in labels[read]]

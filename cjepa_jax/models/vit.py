@@ -5,7 +5,8 @@ D width, F = patch_size^2 * channels values of a patch.
 """
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 import flax.linen as nn
@@ -81,9 +82,33 @@ def sincos_positions(width: int, grid: int) -> np.ndarray:
     return np.concatenate(halves, axis=1).astype(np.float32)
 
 
+def interpolate_positions(table: np.ndarray, grid: int) -> np.ndarray:
+    """Positions [N, width] of a square grid -> those of another one [grid^2, width] float32, as I-JEPA does it.
+
+    PyTorch's `interpolate(mode="bicubic", align_corners=False)`: Keys' kernel with
+    a = -0.75 (`jax.image.resize` has -0.5), borders repeated, no antialiasing.
+    """
+    old = math.isqrt(len(table))
+    where = (np.arange(grid) + 0.5) * old / grid - 0.5  # the new grid's patches, in units of the old one
+    first = np.floor(where).astype(int) - 1
+    weights = np.zeros((grid, old))
+    for tap in range(4):
+        x = np.abs(where - (first + tap))
+        near, far = 1.25 * x**3 - 2.25 * x**2 + 1, -0.75 * (x**3 - 5 * x**2 + 8 * x - 4)
+        np.add.at(weights, (np.arange(grid), np.clip(first + tap, 0, old - 1)), np.where(x <= 1, near, far))
+    square = table.reshape(old, old, -1).astype(np.float64)
+    return np.einsum("ai,bj,ijd->abd", weights, weights, square).reshape(grid * grid, -1).astype(np.float32)
+
+
 def patchify(images: jax.Array, patch_size: int) -> jax.Array:
     """[B, H, W, C] -> [B, N, F], values of a patch in (row, column, channel) order."""
     return rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=patch_size, q=patch_size)
+
+
+def normalised_patches(images: jax.Array, *, mean: Sequence[float], std: Sequence[float], patch_size: int) -> jax.Array:
+    """Images [B, H, W, C] uint8 -> normalised patches [B, N, F] float32; mean and std are of values in [0, 1]."""
+    images = images.astype(jnp.float32) / 255 - jnp.asarray(mean, jnp.float32)
+    return patchify(images / jnp.asarray(std, jnp.float32), patch_size)
 
 
 def take(tokens: jax.Array, idx: jax.Array) -> jax.Array:
@@ -98,9 +123,10 @@ def masked_mean(tokens: jax.Array, valid: jax.Array) -> jax.Array:
     return (tokens * weight).sum(axis=-2) / weight.sum(axis=-2)
 
 
-def layer_norm(x: jax.Array, *, name: str) -> jax.Array:
-    """LayerNorm over the last axis, as a child of the module that calls it; float32 in and out."""
-    return nn.LayerNorm(LAYER_NORM_EPS, use_fast_variance=False, name=name)(x.astype(jnp.float32))
+def layer_norm(x: jax.Array, *, name: str | None = None, params: Any = None) -> jax.Array:
+    """LayerNorm over the last axis, as a child of the module that calls it, or with given parameters; gives float32."""
+    norm, x = nn.LayerNorm(LAYER_NORM_EPS, use_fast_variance=False, name=name), x.astype(jnp.float32)
+    return norm(x) if params is None else cast(jax.Array, norm.apply({"params": params}, x))
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -148,7 +174,10 @@ class Layers(NamedTuple):
 def apply_blocks(
     module: nn.Module, make: Callable[..., Block], depth: int, layers: Layers, x: jax.Array, valid: jax.Array | None
 ) -> jax.Array:
-    """x [B, K, D] through `depth` blocks, children of `module` by the names block00, block01, ..."""
+    """x [B, K, D] through `depth` blocks, children of `module` by the names block00, block01, ...
+
+    Unrolled, it sows each block's output into the collection "intermediates", as "blocks".
+    """
     names = [f"block{i:02}" for i in range(depth)]
     if module.is_initializing():
         for name in names:
@@ -169,6 +198,7 @@ def apply_blocks(
         return jax.lax.scan(lambda x, p: (layer(x, p), None), x, stacked)[0]
     for p in params:
         x = layer(x, p)
+        module.sow("intermediates", "blocks", x)  # nothing, unless the caller makes this collection mutable
     return x
 
 
@@ -180,6 +210,7 @@ class Encoder(nn.Module):
     init_scheme: Literal["normal", "fan_in"]
     dtype: jnp.dtype
     layers: Layers
+    trained_grid: int | None = None  # where it differs from `grid`: positions are interpolated from this one's
 
     @nn.compact
     def __call__(self, patches: jax.Array, idx: jax.Array | None = None, valid: jax.Array | None = None) -> jax.Array:
@@ -188,7 +219,10 @@ class Encoder(nn.Module):
         With idx [B, K] only these patches are encoded, at their positions,
         giving [B, K, D]; valid [B, K] marks those that may be attended to.
         """
-        positions = jnp.asarray(sincos_positions(self.size.width, self.grid))[None]
+        table = sincos_positions(self.size.width, self.trained_grid or self.grid)
+        if len(table) != self.grid**2:
+            table = interpolate_positions(table, self.grid)
+        positions = jnp.asarray(table)[None]
         if idx is not None:  # before the embedding: the same values, and nothing to scatter in the backward pass
             patches = take(patches, idx)
             positions = take(jnp.broadcast_to(positions, (len(idx), *positions.shape[1:])), idx)
@@ -201,7 +235,9 @@ class Encoder(nn.Module):
         return layer_norm(x, name="norm")
 
 
-def build_encoder(model: Model, *, grid: int, gather: Callable[[Any], Any] | None = None) -> Encoder:
-    """The encoder that a config describes."""
+def build_encoder(
+    model: Model, *, grid: int, gather: Callable[[Any], Any] | None = None, trained_grid: int | None = None
+) -> Encoder:
+    """The encoder that a config describes; `trained_grid` is its grid in training, where that was another."""
     layers = Layers(model.layers == "scanned", model.remat, gather)
-    return Encoder(parse_size(model.size), grid, model.init, jnp.dtype(model.dtype), layers)
+    return Encoder(parse_size(model.size), grid, model.init, jnp.dtype(model.dtype), layers, trained_grid)

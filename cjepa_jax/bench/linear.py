@@ -1,0 +1,71 @@
+"""How much faster a grid of linear probes trains at once than member by member.
+
+    python -m cjepa_jax.bench.linear
+
+Both ways see the same shuffled batches of the same cached features, random ones, and take turns;
+each is compiled and warm before the clock starts. The table shows medians.
+"""
+
+import argparse
+import statistics
+import time
+
+import jax
+import numpy as np
+
+from cjepa_jax.evaluate import linear
+
+
+def measure(*, images: int, width: int, classes: int, members: int, batch_size: int, rounds: int) -> str:
+    """Times one epoch of either way."""
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(images, width)).astype(np.float32)
+    labels = rng.integers(0, classes, images).astype(np.int32)
+    rates, decays = np.geomspace(0.003, 1, members).astype(np.float32), np.zeros(members, np.float32)
+
+    def epoch(order: np.ndarray):
+        for rows in order[: images // batch_size * batch_size].reshape(-1, batch_size):
+            yield {"x": features[rows]}, labels[rows]
+
+    def fit(order: np.ndarray, chosen: slice) -> None:
+        grid = {"x": (rates[chosen], decays[chosen])}
+        jax.block_until_ready(linear.fit([epoch(order)], grid, decay_every=1, classes=classes))
+
+    def one_by_one(order: np.ndarray) -> None:
+        for i in range(members):
+            fit(order, slice(i, i + 1))
+
+    ways = {"at once": lambda order: fit(order, slice(None)), "one by one": one_by_one}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + 1):  # the first one compiles
+        order = rng.permutation(images)
+        for name, run in ways.items():
+            start = time.perf_counter()
+            run(order)
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    lines = [
+        f"{members} members, {images} images of {width} features, {classes} classes, batches of {batch_size}, "
+        f"{jax.device_count()} x {jax.devices()[0].device_kind}, {rounds} rounds"
+    ]
+    lines += [f"{name:10} {1000 * value:9.0f} ms an epoch" for name, value in median.items()]
+    ratios = [slow / fast for fast, slow in zip(*seconds.values(), strict=True)]
+    lines.append(f"{statistics.median(ratios):.1f} times as fast in the median, {min(ratios):.1f} at least")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=20_000)
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--classes", type=int, default=10)
+    parser.add_argument("--members", type=int, default=18)
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=5)
+    print(measure(**vars(parser.parse_args())))
+
+
+if __name__ == "__main__":
+    main()

@@ -4,6 +4,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from absl import flags, logging
 from ml_collections import config_flags
@@ -14,8 +15,8 @@ from cjepa_jax.parsing import parse
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="The experiment, e.g. configs/digits.py.")
 
 
-def read_config() -> tuple[str, Config]:
-    """The name of --config's file, without .py, and its experiment with the overrides applied.
+def read_config(cls: Any = Config) -> tuple[str, Any]:
+    """The name of --config's file, without .py, and what it describes, a `cls`, with the overrides applied.
 
     Raises UserError.
     """
@@ -25,7 +26,32 @@ def read_config() -> tuple[str, Config]:
         path.is_file(),
         f"--config {path} does not exist; known: {', '.join(map(str, sorted(pathlib.Path('configs').glob('*.py'))))}",
     )
-    return path.stem, parse(_CONFIG.value.to_dict())
+    return path.stem, parse(_CONFIG.value.to_dict(), cls)
+
+
+class TrainingFlags:
+    """The flags that every training has; to be made while its module is imported."""
+
+    def __init__(self):
+        self._workdir = flags.DEFINE_string(
+            "workdir", None, "Where results go; default runs/<name of the config file>."
+        )
+        self._coordinator = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.")
+        self._processes = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
+        self._process = flags.DEFINE_integer("process_id", None, "Which of them this is.")
+        self._timeout = flags.DEFINE_integer("start_timeout", 300, "Seconds to wait for one another.", lower_bound=1)
+
+    def start(self, name: str) -> str:
+        """Connects the processes; the workdir for a config file of this name. Raises UserError."""
+        from cjepa_jax import hosts  # after the flags: importing jax takes seconds
+
+        hosts.start(self._coordinator.value, self._processes.value, self._process.value, self._timeout.value)
+        workdir = self._workdir.value
+        if workdir is None:
+            workdir = f"runs/{name}"
+            pathlib.Path("runs").mkdir(exist_ok=True)
+        require(bool(workdir), "--workdir is empty")
+        return workdir
 
 
 def run(body: Callable[[], None], doc: str) -> None:

@@ -34,7 +34,8 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
-def _at_least(group: str, minimum: float, **values: float) -> None:
+def at_least(group: str, minimum: float, **values: float) -> None:
+    """Raises UserError for a value below the minimum; `group` is the keys' group."""
     for key, value in values.items():
         require(value >= minimum, f"{group}.{key} must be at least {minimum}, got {value}")
 
@@ -71,9 +72,9 @@ class Data:
     max_bad_fraction: float  # of the images that cannot be read and are replaced; above it the run stops
 
     def __post_init__(self):
-        _at_least("data", 1, image_size=self.image_size, prefetch=self.prefetch)
-        _at_least("data", 0, color=self.color, threads=self.threads)
-        _at_least("data", 2, batch_size=self.batch_size)
+        at_least("data", 1, image_size=self.image_size, prefetch=self.prefetch)
+        at_least("data", 0, color=self.color, threads=self.threads)
+        at_least("data", 2, batch_size=self.batch_size)
         _interval("data", 0.0, 1.0, crop_scale=self.crop_scale)
         _interval("data", 0.0, float("inf"), crop_ratio=self.crop_ratio)
         require(
@@ -104,7 +105,7 @@ class Model:
     remat: Literal["none", "dots", "full"]  # computed anew in the backward pass, to save memory: all but Dense, or all
 
     def __post_init__(self):
-        _at_least("model", 1, patch_size=self.patch_size)
+        at_least("model", 1, patch_size=self.patch_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Predictor:
     depth: int
 
     def __post_init__(self):
-        _at_least("predictor", 1, width=self.width, depth=self.depth)
+        at_least("predictor", 1, width=self.width, depth=self.depth)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,8 +133,8 @@ class Mask:
     keep: Literal["random", "raster"]  # which context tokens stay when there are more
 
     def __post_init__(self):
-        _at_least("mask", 2, targets=self.targets)
-        _at_least("mask", 1, min_keep=self.min_keep)
+        at_least("mask", 2, targets=self.targets)
+        at_least("mask", 1, min_keep=self.min_keep)
         _interval("mask", 0.0, 1.0, target_scale=self.target_scale, context_scale=self.context_scale)
         _interval("mask", 0.0, float("inf"), target_aspect=self.target_aspect)
         require(
@@ -163,7 +164,7 @@ class Vicreg:
     projector: tuple[int, ...]  # () is the identity; else the widths of an MLP with batch norm
 
     def __post_init__(self):
-        _at_least(
+        at_least(
             "vicreg",
             0,
             weight=self.weight,
@@ -174,7 +175,7 @@ class Vicreg:
             eps=self.eps,
         )
         require(self.eps > 0, f"vicreg.eps must be positive, got {self.eps}")  # else a collapsed batch has no gradient
-        _at_least("vicreg", 1, **{f"projector[{i}]": w for i, w in enumerate(self.projector)})
+        at_least("vicreg", 1, **{f"projector[{i}]": w for i, w in enumerate(self.projector)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +195,7 @@ class Optim:
 
     def __post_init__(self):
         fields = dataclasses.asdict(self)
-        _at_least("optim", 0, **fields)
+        at_least("optim", 0, **fields)
         require(self.epochs > 0, f"optim.epochs must be positive, got {self.epochs}")
         require(
             self.warmup_epochs < self.epochs,
@@ -224,12 +225,21 @@ class Mesh:
     parameters: Literal["replicated", "zero1", "fsdp"]  # gathered never, whole once a step, or a layer at a time
 
     def __post_init__(self):
-        _at_least("mesh", 1, fsdp=self.fsdp)
+        at_least("mesh", 1, fsdp=self.fsdp)
         require(
             (self.parameters == "replicated") == (self.fsdp == 1),
             f"mesh.fsdp = {self.fsdp} does not go with mesh.parameters = {self.parameters!r}: replicated is 1, the "
             "others more",
         )
+
+
+def check_remat(mesh: Mesh, remat: str) -> None:
+    """Raises UserError where the backward pass would hold all parameters that the mesh cuts."""
+    require(
+        mesh.parameters != "fsdp" or remat != "none",
+        "mesh.parameters = 'fsdp' wants model.remat = 'dots' or 'full': else the backward pass would keep every "
+        "layer's gathered parameters",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,7 +249,7 @@ class Log:
     every: int  # steps between log lines
 
     def __post_init__(self):
-        _at_least("log", 1, every=self.every)
+        at_least("log", 1, every=self.every)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,8 +261,8 @@ class Checkpoint:
     keep_every: int  # checkpoints at multiples of this step stay for good; 0: none
 
     def __post_init__(self):
-        _at_least("checkpoint", 1, every=self.every, keep_last=self.keep_last)
-        _at_least("checkpoint", 0, keep_every=self.keep_every)
+        at_least("checkpoint", 1, every=self.every, keep_last=self.keep_last)
+        at_least("checkpoint", 0, keep_every=self.keep_every)
         require(
             self.keep_every % self.every == 0,
             f"checkpoint.keep_every must be a multiple of checkpoint.every = {self.every}, got {self.keep_every}",
@@ -270,9 +280,9 @@ class Eval:
     draws: int  # of the few labels
 
     def __post_init__(self):
-        _at_least("eval", 0, every=self.every)
+        at_least("eval", 0, every=self.every)
         require(0 < self.crop_fraction <= 1, f"eval.crop_fraction must be in (0, 1], got {self.crop_fraction}")
-        _at_least("eval", 1, neighbours=self.neighbours, shots=self.shots, draws=self.draws)
+        at_least("eval", 1, neighbours=self.neighbours, shots=self.shots, draws=self.draws)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,12 +305,7 @@ class Config:
 
     def __post_init__(self):
         require(self.seed >= 0, f"seed must be at least 0, got {self.seed}")
-
-        require(
-            self.mesh.parameters != "fsdp" or self.model.remat != "none",
-            "mesh.parameters = 'fsdp' wants model.remat = 'dots' or 'full': else the backward pass would keep every "
-            "layer's gathered parameters",
-        )
+        check_remat(self.mesh, self.model.remat)
 
     @property
     def grid(self) -> int:

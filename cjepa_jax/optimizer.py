@@ -1,5 +1,6 @@
 """AdamW and the schedules; all of them functions of the step alone."""
 
+import re
 from typing import Any
 
 import jax
@@ -34,6 +35,21 @@ def ema_step_size(ema: Ema, steps: int) -> optax.Schedule:
 def decay_mask(params: Any) -> Any:
     """True where weight decay acts: on every parameter that is not 1-D, which leaves out all biases and norms."""
     return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
+def layer_scale(*, decay: float, depth: int) -> optax.GradientTransformation:
+    """Updates of {"encoder", "head"} times decay^(depth + 1 - layer), as MAE has it.
+
+    The embedding is layer 0, block i is layer i + 1, final norm and head are layer depth + 1.
+    """
+
+    def factor(path: Any) -> float:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        block = re.search(r"/block(\d+)/", name)
+        layer = int(block[1]) + 1 if block else 0 if "/embed/" in name else depth + 1
+        return decay ** (depth + 1 - layer)
+
+    return optax.stateless(lambda updates, _: jax.tree.map_with_path(lambda path, u: u * factor(path), updates))
 
 
 def adamw(optim: Optim, steps: int) -> optax.GradientTransformation:

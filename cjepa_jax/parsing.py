@@ -19,20 +19,21 @@ FREE_TO_CHANGE = (
     "log.",
     "checkpoint.",
     "eval.",
+    "init.path",
 )
 
 
-def parse(config: Mapping[str, Any]) -> Config:
-    """Nested dict of groups (`ConfigDict.to_dict()`) -> Config.
+def parse(config: Mapping[str, Any], cls: Any = Config) -> Any:
+    """Nested dict of groups (`ConfigDict.to_dict()`) -> Config, or another dataclass of groups.
 
     Raises UserError for an unknown or missing key, a wrong type, or a value
     that its group rejects.
     """
-    return _build(Config, config, "")
+    return _build(cls, config, "")
 
 
-def flatten(config: Config) -> dict[str, Any]:
-    """Config -> {"group.key": value}, in order; tuples become lists, as JSON has them."""
+def flatten(config: Any) -> dict[str, Any]:
+    """Config, or another dataclass of groups -> {"group.key": value}, in order; tuples become lists, as in JSON."""
     flat = {}
     for group, value in dataclasses.asdict(config).items():
         entries = {f"{group}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {group: value}

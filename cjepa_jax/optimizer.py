@@ -1,6 +1,5 @@
 """AdamW and the schedules; all of them functions of the step alone."""
 
-import re
 from typing import Any
 
 import jax
@@ -44,9 +43,8 @@ def layer_scale(*, decay: float, depth: int) -> optax.GradientTransformation:
     """
 
     def factor(path: Any) -> float:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        block = re.search(r"/block(\d+)/", name)
-        layer = int(block[1]) + 1 if block else 0 if "/embed/" in name else depth + 1
+        name = path[1].key  # of {"encoder": {name: ...}} or {"head": {name: ...}}
+        layer = 0 if name == "embed" else int(name[5:]) + 1 if name.startswith("block") else depth + 1
         return decay ** (depth + 1 - layer)
 
     return optax.stateless(lambda updates, _: jax.tree.map_with_path(lambda path, u: u * factor(path), updates))

@@ -7,10 +7,11 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1] / "cjepa_jax"
 MATH = ["config", "parsing", "masking", "losses", "optimizer", "diagnostics", "step", "sharding", "models", "flops"]
+MATH += ["finetune/config", "finetune/mixing", "finetune/tuning"]
 MATH_MAY_IMPORT = {"jax", "numpy", "einops", "flax", "optax", "dataclasses", "typing", "types", "collections"}
 MATH_MAY_IMPORT |= {"functools", "difflib", "math"}
 IO = ["data", "checkpoint", "pretrained", "metrics", "plots"]
-TRAINING = {f"cjepa_jax.{name}" for name in ("train", "main", "step", "losses", "optimizer")}
+TRAINING = {f"cjepa_jax.{name}" for name in ("train", "main", "loop", "finetune", "step", "losses", "optimizer")}
 
 
 def modules(room: str) -> list[pathlib.Path]:
@@ -30,12 +31,12 @@ def imports(path: pathlib.Path) -> set[str]:
 
 @pytest.mark.parametrize("room", MATH)
 def test_math_imports_math(room):
-    own = {f"cjepa_jax.{name}" for name in MATH}
+    own = tuple(f"cjepa_jax.{name.replace('/', '.')}" for name in MATH)
     assert modules(room)
     for path in modules(room):
         for name in imports(path):
             if name.startswith("cjepa_jax"):
-                assert ".".join(name.split(".")[:2]) in own, f"{path.name} imports {name}"
+                assert name == "cjepa_jax" or f"{name}.".startswith(tuple(f"{o}." for o in own)), f"{path.name}: {name}"
             else:
                 assert name.split(".")[0] in MATH_MAY_IMPORT, f"{path.name} imports {name}"
 

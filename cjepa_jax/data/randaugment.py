@@ -60,7 +60,8 @@ OPERATIONS: dict[str, Operation] = {
     "rotate": lambda image, m, sign, fill: image.rotate(
         30 * m * sign, resample=Image.Resampling.BICUBIC, fillcolor=fill
     ),
-    "posterize": lambda image, m, sign, fill: ImageOps.posterize(image, 4 - int(4 * m)),
+    # At magnitude 10 timm keeps no bit: a black image.
+    "posterize": lambda image, m, sign, fill: ImageOps.posterize(image, max(1, 4 - int(4 * m))),
     "solarize": lambda image, m, sign, fill: ImageOps.solarize(image, 256 - int(256 * m)),
     "solarize_add": _solarize_add,
     "color": _enhance(ImageEnhance.Color),

@@ -15,8 +15,8 @@ from flax import struct
 
 from cjepa_jax import optimizer, step
 from cjepa_jax.config import Model, require
-from cjepa_jax.finetune import mixing
 from cjepa_jax.finetune.config import Finetune
+from cjepa_jax.finetune.mixing import erase, mix
 from cjepa_jax.models.vit import Encoder, build_encoder, drop_path, normalise, patchify
 
 _HEAD_STD = 2e-5  # MAE's
@@ -105,9 +105,9 @@ def train_step(
     """
     augment, (images, labels) = method.config.augment, inputs
     rng_erase, rng_mix, rng_drop = jax.random.split(jax.random.fold_in(rng, state.step), 3)
-    images = mixing.erase(rng_erase, method.normalised(images), probability=augment.erase)
+    images = erase(rng_erase, method.normalised(images), probability=augment.erase)
     targets = optax.smooth_labels(jax.nn.one_hot(labels, method.classes), augment.label_smoothing)
-    images, targets = mixing.mix(rng_mix, images, targets, mixup=augment.mixup, cutmix=augment.cutmix)
+    images, targets = mix(rng_mix, images, targets, mixup=augment.mixup, cutmix=augment.cutmix)
     depth, rate = method.encoder.size.depth, method.config.model.drop_path
     keep = drop_path(rng_drop, rate=rate, depth=depth, batch=len(images)) if rate else None
 

@@ -98,7 +98,7 @@ def drop_path(rng: jax.Array, *, rate: float, depth: int, batch: int) -> jax.Arr
     `rate` in the last; attention and MLP have draws of their own.
     """
     kept = 1 - jnp.linspace(0.0, rate, depth)[:, None, None]
-    return jax.random.bernoulli(rng, kept, (depth, 2, batch)) / kept
+    return jax.random.bernoulli(rng, kept, (depth, 2, batch)).astype(jnp.float32) / kept
 
 
 def take(tokens: jax.Array, idx: jax.Array) -> jax.Array:

@@ -142,6 +142,23 @@ def test_the_loss_without_mixing_is_torchs_and_nothing_is_dropped():
     assert float(metrics["loss/total"]) == pytest.approx(float(expected), rel=1e-4)
 
 
+def test_draws_are_new_each_step_and_the_average_follows_all_parameters():
+    method = tuning.Tuning(settings(optim__learning_rate_start=0.1), model(), 10, 10)
+    state = jax.jit(functools.partial(tuning.init_state, method=method))(jax.random.key(0))
+    head = {"kernel": jax.random.normal(jax.random.key(4), (16, 10)), "bias": jnp.zeros(10)}
+    state = state.replace(params=state.params | {"head": head})
+    inputs = jax.random.randint(jax.random.key(1), (16, 8, 8, 1), 0, 256).astype(jnp.uint8), jnp.arange(16) % 10
+    take_step = jax.jit(functools.partial(tuning.train_step, method=method))
+    after, metrics, _ = take_step(state, inputs, jax.random.key(2))
+    _, same_again, _ = take_step(state, inputs, jax.random.key(2))
+    _, later, _ = take_step(state.replace(step=jnp.int32(1)), inputs, jax.random.key(2))
+    assert metrics["loss/total"] == same_again["loss/total"] != later["loss/total"]
+    average = jax.tree.map(lambda a, p: 0.98 * a + 0.02 * p, state.ema_params, after.params)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), after.ema_params, average)
+    moved = [np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (state.params, after.params)), strict=True)]
+    assert min(moved) > 1e-3
+
+
 def test_score_counts_by_the_book():
     method = tuning.Tuning(settings(), model(), 10, 10)
     state = jax.jit(functools.partial(tuning.init_state, method=method))(jax.random.key(0))

@@ -141,9 +141,7 @@ class Finetuning:
                 "jax": jax.__version__,
                 "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
             }
-            new = self._workdir / f"{_EVALUATION}.new"
-            new.write_text(json.dumps(report, indent=1) + "\n")
-            new.replace(self._workdir / _EVALUATION)
+            checkpoint.write_whole(self._workdir / _EVALUATION, json.dumps(report, indent=1) + "\n")
         return _as_metrics(results)
 
     def _evaluate(self, state: tuning.TunedState) -> tuple[dict[str, dict[str, float]], int]:

@@ -1,4 +1,4 @@
-"""Fine-tuning on few of scikit-learn's digits, ten of each on average; a minute on 2 CPU cores.
+"""Fine-tuning on few of scikit-learn's digits, ten of each on average; 75 s of CPU time.
 
     python -m cjepa_jax.main --config=configs/digits.py
     python -m cjepa_jax.finetune --config=configs/finetune_digits.py --checkpoint=runs/digits

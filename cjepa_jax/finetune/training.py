@@ -86,10 +86,11 @@ class Finetuning:
     def fresh(self, rng: jax.Array) -> tuning.TunedState:
         """With the checkpoint's encoder."""
         state = self.program.init(rng)
-        if self._encoder is not None:
+        encoder, self._encoder = self._encoder, None
+        if encoder is not None:
+            average = jax.tree.map(np.copy, encoder)  # the step gives both away: they must not share memory
             state = state.replace(
-                params=state.params | {"encoder": self._encoder},
-                ema_params=state.ema_params | {"encoder": jax.tree.map(np.copy, self._encoder)},
+                params=state.params | {"encoder": encoder}, ema_params=state.ema_params | {"encoder": average}
             )
             state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, self.program.state))
         return state

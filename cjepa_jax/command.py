@@ -29,6 +29,31 @@ def read_config(cls: Any = Config) -> tuple[str, Any]:
     return path.stem, parse(_CONFIG.value.to_dict(), cls)
 
 
+class TrainingFlags:
+    """The flags that every training has; to be made while its module is imported."""
+
+    def __init__(self):
+        self._workdir = flags.DEFINE_string(
+            "workdir", None, "Where results go; default runs/<name of the config file>."
+        )
+        self._coordinator = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.")
+        self._processes = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
+        self._process = flags.DEFINE_integer("process_id", None, "Which of them this is.")
+        self._timeout = flags.DEFINE_integer("start_timeout", 300, "Seconds to wait for one another.", lower_bound=1)
+
+    def start(self, name: str) -> str:
+        """Connects the processes; the workdir for a config file of this name. Raises UserError."""
+        from cjepa_jax import hosts  # after the flags: importing jax takes seconds
+
+        hosts.start(self._coordinator.value, self._processes.value, self._process.value, self._timeout.value)
+        workdir = self._workdir.value
+        if workdir is None:
+            workdir = f"runs/{name}"
+            pathlib.Path("runs").mkdir(exist_ok=True)
+        require(bool(workdir), "--workdir is empty")
+        return workdir
+
+
 def run(body: Callable[[], None], doc: str, *, config: str | None = None) -> None:
     """Parses the flags and runs the body. Exit code 0; 2 after a mistake that the user can mend; 1 after other errors.
 

@@ -233,6 +233,15 @@ class Mesh:
         )
 
 
+def check_remat(mesh: Mesh, remat: str) -> None:
+    """Raises UserError where the backward pass would hold all parameters that the mesh cuts."""
+    require(
+        mesh.parameters != "fsdp" or remat != "none",
+        "mesh.parameters = 'fsdp' wants model.remat = 'dots' or 'full': else the backward pass would keep every "
+        "layer's gathered parameters",
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Log:
     """Progress bar, metrics.jsonl and TensorBoard."""
@@ -297,12 +306,7 @@ class Config:
 
     def __post_init__(self):
         require(self.seed >= 0, f"seed must be at least 0, got {self.seed}")
-
-        require(
-            self.mesh.parameters != "fsdp" or self.model.remat != "none",
-            "mesh.parameters = 'fsdp' wants model.remat = 'dots' or 'full': else the backward pass would keep every "
-            "layer's gathered parameters",
-        )
+        check_remat(self.mesh, self.model.remat)
 
     @property
     def grid(self) -> int:

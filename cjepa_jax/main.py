@@ -23,33 +23,22 @@ Into the workdir: config.json, checkpoints/, metrics.jsonl, tensorboard/,
 curves.png, masks.png and, where probes run, evaluation.json.
 """
 
-import pathlib
 import sys
 
 from absl import flags
 from etils import epath
 
 from cjepa_jax import command
-from cjepa_jax.config import require
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where results go; default runs/<name of the config file>.")
 _INIT = flags.DEFINE_string("init", None, "A checkpoint whose networks to start from.")
-_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.")
-_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
-_PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is.")
-_TIMEOUT = flags.DEFINE_integer("start_timeout", 300, "Seconds to wait for one another.", lower_bound=1)
+_FLAGS = command.TrainingFlags()
 
 
 def _run() -> None:
-    from cjepa_jax import hosts, loop, train  # after the flags: importing jax takes seconds
+    from cjepa_jax import loop, train  # after the flags: importing jax takes seconds
 
     name, config = command.read_config()
-    hosts.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _TIMEOUT.value)
-    workdir = _WORKDIR.value
-    if workdir is None:
-        workdir = f"runs/{name}"
-        pathlib.Path("runs").mkdir(exist_ok=True)
-    require(bool(workdir), "--workdir is empty")
+    workdir = _FLAGS.start(name)
     try:
         train.train(config, epath.Path(workdir), init=epath.Path(_INIT.value) if _INIT.value else None)
     except loop.DivergedError as error:

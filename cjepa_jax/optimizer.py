@@ -36,6 +36,20 @@ def decay_mask(params: Any) -> Any:
     return jax.tree.map(lambda p: p.ndim > 1, params)
 
 
+def layer_scale(*, decay: float, depth: int) -> optax.GradientTransformation:
+    """Updates of {"encoder", "head"} times decay^(depth + 1 - layer), as MAE has it.
+
+    The embedding is layer 0, block i is layer i + 1, final norm and head are layer depth + 1.
+    """
+
+    def factor(path: Any) -> float:
+        name = path[1].key  # of {"encoder": {name: ...}} or {"head": {name: ...}}
+        layer = 0 if name == "embed" else int(name[5:]) + 1 if name.startswith("block") else depth + 1
+        return decay ** (depth + 1 - layer)
+
+    return optax.stateless(lambda updates, _: jax.tree.map_with_path(lambda path, u: u * factor(path), updates))
+
+
 def adamw(optim: Optim, steps: int) -> optax.GradientTransformation:
     """Decay is decoupled and multiplied by the learning rate, as in PyTorch's AdamW."""
     return optax.adamw(

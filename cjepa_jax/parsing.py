@@ -20,6 +20,7 @@ FREE_TO_CHANGE = (
     "log.",
     "checkpoint.",
     "eval.",
+    "init.path",
 )
 
 

@@ -27,6 +27,15 @@ PRETRAINING: Panels = {
     "EMA momentum": ["ema_momentum"],
 }
 
+FINETUNING: Panels = {
+    "Loss, of mixed images": ["loss/total"],
+    "Top 1 on held-out images": ["eval/top1", "eval/ema_top1"],
+    "Top 5 on held-out images": ["eval/top5", "eval/ema_top5"],
+    "Learning rate": ["lr"],
+    "Norm of the gradient": ["grad_norm"],
+    "EMA momentum": ["ema_momentum"],
+}
+
 
 def curves(lines: list[dict[str, Any]], path: epath.Path, panels: Panels) -> None:
     """Metrics of `metrics.jsonl` against the step."""

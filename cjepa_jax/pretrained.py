@@ -20,6 +20,8 @@ TOWERS = {
     "projector": ("params", "projector"),
     "head": ("params", "head"),
     "target_encoder": ("target_params",),
+    "ema_encoder": ("ema_params", "encoder"),  # of a fine-tuned network, as its head
+    "ema_head": ("ema_params", "head"),
 }
 
 

@@ -22,7 +22,7 @@ from cjepa_jax.config import Config, require
 from cjepa_jax.masking import Masks, sample_masks, target_tokens
 from cjepa_jax.models.predictor import Predictor, build_predictor
 from cjepa_jax.models.projector import Projector
-from cjepa_jax.models.vit import Encoder, build_encoder, masked_mean, normalised_patches, take
+from cjepa_jax.models.vit import Encoder, build_encoder, masked_mean, normalise, patchify, take
 
 
 class TrainState(struct.PyTreeNode):
@@ -74,7 +74,7 @@ class Method:
     def patches(self, images: jax.Array) -> jax.Array:
         """Images [B, H, W, C] uint8 -> normalised patches [B, N, F] float32."""
         data = self.config.data
-        return normalised_patches(images, mean=data.mean, std=data.std, patch_size=self.config.model.patch_size)
+        return patchify(normalise(images, mean=data.mean, std=data.std), self.config.model.patch_size)
 
 
 def init_state(rng: jax.Array, method: Method) -> TrainState:
@@ -146,12 +146,36 @@ def loss_fn(
 Place = Callable[[Any], Any]  # puts a tree of arrays where they are wanted; the values stay
 
 
-def _as_they_are(tree: Any) -> Any:
+def as_they_are(tree: Any) -> Any:
+    """Where nothing is to be placed."""
     return tree
 
 
 def _outside_blocks(place: Place, params: Any) -> Any:
     return jax.tree.map_with_path(lambda path, x: x if "block" in jax.tree_util.keystr(path) else place(x), params)
+
+
+def update(
+    params: Any, average: Any, opt_state: Any, grads: Any, *, number: jax.Array, method: Any, part: str | None = None
+) -> tuple[Any, Any, Any, dict[str, jax.Array]]:
+    """What a step makes of its gradients: parameters, their average, the optimizer's state, and metrics.
+
+    `number` is the step's; `method` has `optimizer`, `config.optim`, `config.ema` and
+    `steps`; `part` is the key of what is averaged, by default all parameters.
+    """
+    config, steps = method.config, method.steps
+    with jax.numpy_dtype_promotion("standard"):  # optax multiplies floats with its integer step count
+        updates, opt_state = method.optimizer.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        step_size = optimizer.ema_step_size(config.ema, steps)(number)
+        average = optax.incremental_update(params[part] if part else params, average, step_size)
+        metrics = {
+            "lr": optimizer.learning_rate(config.optim, steps)(number),
+            "weight_decay": optimizer.weight_decay(config.optim, steps)(number),
+            "ema_momentum": 1 - step_size,
+            "grad_norm": optax.tree.norm(grads),
+        }
+    return params, average, opt_state, metrics
 
 
 def train_step(
@@ -160,8 +184,8 @@ def train_step(
     rng: jax.Array,
     *,
     method: Method,
-    gather: Place = _as_they_are,
-    scatter: Place = _as_they_are,
+    gather: Place = as_they_are,
+    scatter: Place = as_they_are,
 ) -> tuple[TrainState, dict[str, jax.Array], jax.Array]:
     """State and images [B, H, W, C] uint8 -> next state, scalar metrics, pooled target features [B, D].
 
@@ -174,18 +198,16 @@ def train_step(
     grads, (metrics, features) = jax.grad(loss_fn, has_aux=True)(
         gather(state.params), gather(state.target_params), method.patches(images), masks, method
     )
-    grads = scatter(grads)
-    with jax.numpy_dtype_promotion("standard"):  # optax multiplies floats with its integer step count
-        updates, opt_state = method.optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        step_size = optimizer.ema_step_size(config.ema, method.steps)(state.step)
-        target_params = optax.incremental_update(params["encoder"], state.target_params, step_size)
-        metrics |= {
-            "lr": optimizer.learning_rate(config.optim, method.steps)(state.step),
-            "weight_decay": optimizer.weight_decay(config.optim, method.steps)(state.step),
-            "ema_momentum": 1 - step_size,
-            "grad_norm": optax.tree.norm(grads),
-        }
+    params, target_params, opt_state, of_update = update(
+        state.params,
+        state.target_params,
+        state.opt_state,
+        scatter(grads),
+        number=state.step,
+        method=method,
+        part="encoder",
+    )
+    metrics |= of_update
     return TrainState(state.step + 1, params, target_params, opt_state), metrics, features
 
 
@@ -207,13 +229,13 @@ def build(
     mesh: jax.sharding.Mesh,
     *,
     init: Callable[..., Any] = init_state,
-    step: Callable[..., Any] = train_step,
+    take_step: Callable[..., Any] = train_step,
     labelled: bool = False,
 ) -> Program:
     """Nothing is computed yet. Raises UserError where the mesh does not fit the batch or the parameters.
 
     `method` has a `config` with groups `data` and `mesh`, and the field `gather`;
-    `init` and `step` have the signatures of `init_state` and `train_step`, and a state has `params`.
+    `init` and `take_step` have the signatures of `init_state` and `train_step`, and a state has `params`.
     """
     config, data = method.config, method.config.data
     sharding.check_batch(data.batch_size, mesh)
@@ -222,7 +244,7 @@ def build(
     shapes = jax.eval_shape(init, jax.random.key(0))
     placed = sharding.parameters(shapes, mesh)
     whole_again = functools.partial(jax.lax.with_sharding_constraint, shardings=whole)
-    gather = scatter = _as_they_are
+    gather = scatter = as_they_are
     if config.mesh.parameters != "replicated":
         gather = whole_again
         scatter = functools.partial(jax.lax.with_sharding_constraint, shardings=placed.params)
@@ -236,7 +258,7 @@ def build(
     return Program(
         init=jax.jit(init, out_shardings=placed),
         step=jax.jit(
-            functools.partial(step, method=method, gather=gather, scatter=scatter),
+            functools.partial(take_step, method=method, gather=gather, scatter=scatter),
             in_shardings=(placed, split, whole),
             out_shardings=(placed, whole, split),
             donate_argnums=0,

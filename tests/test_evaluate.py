@@ -16,7 +16,7 @@ from cjepa_jax.data import pipeline
 from cjepa_jax.evaluate import __main__ as evaluate
 from cjepa_jax.evaluate import features, methods, subject
 from cjepa_jax.evaluate.config import Evaluation
-from cjepa_jax.models.vit import build_encoder, normalised_patches
+from cjepa_jax.models.vit import build_encoder, normalise, patchify
 from cjepa_jax.parsing import parse
 from cjepa_jax.sharding import make_mesh
 from cjepa_jax.step import Method, init_state
@@ -56,7 +56,7 @@ def reference_features(params, images: np.ndarray, config) -> list[np.ndarray]:
 
     from cjepa_jax.models.vit import Block, sincos_positions
 
-    patches = normalised_patches(jnp.asarray(images), mean=config.mean, std=config.std, patch_size=2)
+    patches = patchify(normalise(jnp.asarray(images), mean=config.mean, std=config.std), 2)
     x = patches @ params["embed"]["kernel"] + params["embed"]["bias"] + sincos_positions(16, 4)
     block, norm, found = Block(2, 4, "fan_in", jnp.dtype("float32")), nn.LayerNorm(1e-6), []
     for name in ("block00", "block01"):

@@ -19,7 +19,8 @@ from cjepa_jax.parsing import parse
 from cjepa_jax.step import Method, init_state, train_step
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-CONFIGS = sorted(p.stem for p in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py") if p.stem != "__init__")
+FILES = (pathlib.Path(__file__).parents[1] / "configs").glob("*.py")
+CONFIGS = sorted(p.stem for p in FILES if not p.stem.startswith(("__", "finetune_")))
 
 
 @pytest.fixture

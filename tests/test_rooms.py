@@ -8,10 +8,11 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1] / "cjepa_jax"
 MATH = ["config", "parsing", "masking", "losses", "optimizer", "diagnostics", "step", "sharding", "models", "flops"]
 MATH += [f"evaluate/{name}" for name in ("sets", "knn", "logistic", "linear", "collapse")]
+MATH += ["finetune/config", "finetune/mixing", "finetune/tuning"]
 MATH_MAY_IMPORT = {"jax", "numpy", "einops", "flax", "optax", "dataclasses", "typing", "types", "collections"}
 MATH_MAY_IMPORT |= {"functools", "difflib", "math"}
 IO = ["data", "checkpoint", "pretrained", "metrics", "plots"]
-TRAINING = {f"cjepa_jax.{name}" for name in ("train", "main", "step", "losses", "optimizer")}
+TRAINING = {f"cjepa_jax.{name}" for name in ("train", "main", "loop", "finetune", "step", "losses", "optimizer")}
 
 
 def modules(room: str) -> list[pathlib.Path]:

@@ -14,6 +14,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -26,6 +27,7 @@ from cjepa_jax.data.sources import Source
 _CHUNK = 8  # images a thread prepares at a time: fewer, larger pieces of work for Grain to keep in order
 NO_LABEL, NO_IMAGE = -1, -2  # in the place of a label
 View = Callable[[int], tuple[np.ndarray, int | None]]  # index of an image -> a crop of it [H, W, C] uint8, its label
+Distort = Callable[[np.ndarray, np.random.Generator], np.ndarray]  # a crop -> one of the same shape
 _TRIES = 100  # of images that stand in for an unreadable one
 
 
@@ -77,29 +79,38 @@ class Reader:
 
 @dataclasses.dataclass(frozen=True)
 class _RandomCrop(grain.transforms.RandomMap):
-    """Index of an image -> its random crop [H, W, C] uint8."""
+    """Index of an image -> its random crop [H, W, C] uint8, and its label."""
 
     reader: Reader
+    distort: Distort | None
 
-    def random_map(self, index: int, rng: np.random.Generator) -> np.ndarray:
+    def random_map(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, int | None]:
         data = self.reader.data
         choose_box = functools.partial(decode.random_box, scale=data.crop_scale, ratio=data.crop_ratio, rng=rng)
         for _ in range(_TRIES):
             try:
-                return augment(self.reader.crop(index, choose_box)[0], data, rng)
+                pixels, label = self.reader.crop(index, choose_box)
+                pixels = augment(pixels, data, rng)
+                return (self.distort(pixels, rng) if self.distort else pixels), label
             except decode.UnreadableError:
                 index = int(rng.integers(len(self.reader.source)))  # another one takes its place
         raise UserError(f"{_TRIES} images in a row cannot be read, the last one: {self.reader.source.name(index)}")
 
 
-def _stack(chunks: list[list[np.ndarray]]) -> np.ndarray:
-    return np.stack([image for chunk in chunks for image in chunk])
+def _stack(chunks: list[list[tuple[np.ndarray, int | None]]]) -> np.ndarray:
+    return np.stack([image for chunk in chunks for image, _ in chunk])
 
 
-class _Rows(Sequence[np.ndarray]):
+def _stack_labelled(chunks: list[list[tuple[np.ndarray, int | None]]]) -> tuple[np.ndarray, np.ndarray]:
+    labels = [label for chunk in chunks for _, label in chunk]
+    require(None not in labels, "data.train_split holds images without a label")
+    return _stack(chunks), np.array(labels, np.int32)
+
+
+class _Rows(Sequence[Any]):
     """Of an endless stream cut into batches, the given rows of each batch, one after another."""
 
-    def __init__(self, stream: Sequence[np.ndarray], batch_size: int, rows: Sequence[int]):
+    def __init__(self, stream: Sequence[Any], batch_size: int, rows: Sequence[int]):
         self._stream, self._batch_size, self._rows = stream, batch_size, rows
 
     def __len__(self) -> int:
@@ -111,25 +122,35 @@ class _Rows(Sequence[np.ndarray]):
 
 
 def train_batches(
-    reader: Reader, *, seed: int, start: int = 0, rows: Sequence[int] | None = None
+    reader: Reader,
+    *,
+    seed: int,
+    start: int = 0,
+    rows: Sequence[int] | None = None,
+    labelled: bool = False,
+    distort: Distort | None = None,
 ) -> grain.DatasetIterator:
     """Endless iterator over the batches from `start` on: of each the given rows, by default all, [n, H, W, C] uint8.
+
+    With `labelled` each is a pair with the labels [n] int32. `distort` is done to a
+    crop after all that `reader.data` asks for.
 
     Every image comes once an epoch, in an order that the seed and the epoch
     give; a batch may hold the end of one epoch and the start of the next. In the
     place of an image that cannot be read stands a random other one.
 
-    Raises UserError, in the midst, where too many images cannot be read.
+    Raises UserError, in the midst, where too many images cannot be read, and where a label is missing.
     """
     data = reader.data
     rows = range(data.batch_size) if rows is None else rows
     share = len(rows)
     chunk = math.gcd(share, _CHUNK)
     indices = grain.MapDataset.range(len(reader.source)).seed(seed).shuffle().repeat()
-    images = grain.MapDataset.source(_Rows(indices.random_map(_RandomCrop(reader)), data.batch_size, rows))
+    images = grain.MapDataset.source(_Rows(indices.random_map(_RandomCrop(reader, distort)), data.batch_size, rows))
     chunks = images.batch(chunk, drop_remainder=True, batch_fn=list)  # copied once, into the batch
     options = grain.ReadOptions(num_threads=threads(data), prefetch_buffer_size=data.prefetch * share // chunk)
-    batches = iter(chunks.to_iter_dataset(options).batch(share // chunk, batch_fn=_stack))
+    stack = _stack_labelled if labelled else _stack
+    batches = iter(chunks.to_iter_dataset(options).batch(share // chunk, batch_fn=stack))
     batches.set_state({"next_index": start * share // chunk})
     return batches
 

@@ -37,6 +37,7 @@ class Source:
     fingerprint: str  # tells this split's content from any other's
     classes: tuple[str, ...]  # names of the labels; () where images have none
     name: Callable[[int], str]  # where record i comes from, for messages
+    label: Callable[[int], int | None] | None = None  # of record i, where that is known without reading its image
 
     def __len__(self) -> int:
         return len(self.records)
@@ -47,6 +48,11 @@ class Source:
             return self.records[index]
         except Exception as error:  # each kind of storage fails in its own way
             raise UnreadableError(f"{type(error).__name__}: {error}") from error
+
+    def labels(self) -> list[int | None]:
+        """Of all records; where storage gives them only with the images, these are read."""
+        label = self.label or (lambda index: self.read(index)["label"])
+        return [label(index) for index in range(len(self))]
 
 
 def load(data: Data, split: str) -> Source:
@@ -93,11 +99,14 @@ def from_arrays(
         digest.update(labels.data)
         classes = classes or tuple(str(i) for i in range(labels.max(initial=-1) + 1))
 
+    def label(index: int) -> int | None:
+        return None if labels is None else int(labels[index])
+
     def read(index: int) -> Record:
-        return {"image": images[index], "label": None if labels is None else int(labels[index])}
+        return {"image": images[index], "label": label(index)}
 
     fingerprint = f"{len(images)} images {digest.hexdigest()[:16]}"
-    return Source(_Records(len(images), read), fingerprint, classes, lambda index: f"{name}[{index}]")
+    return Source(_Records(len(images), read), fingerprint, classes, lambda index: f"{name}[{index}]", label)
 
 
 def _digits(data: Data, split: str) -> Source:
@@ -150,6 +159,7 @@ def _folder(data: Data, split: str) -> Source:
         f"{len(files)} files {folder.fingerprint(files)}",
         classes,
         lambda index: os.path.join(found.root, files[index].path),
+        lambda index: files[index].label,
     )
 
 

@@ -16,7 +16,7 @@ from cjepa_jax import sharding
 from cjepa_jax.config import Data, Model, require
 from cjepa_jax.data import pipeline
 from cjepa_jax.evaluate.sets import Labelled
-from cjepa_jax.models.vit import Encoder, build_encoder, layer_norm, normalised_patches, parse_size
+from cjepa_jax.models.vit import Encoder, build_encoder, layer_norm, normalise, parse_size, patchify
 
 Apply = Callable[[Any, jax.Array], jax.Array]  # parameters, images [B, H, W, C] uint8 -> features [B, D] float32
 
@@ -47,7 +47,7 @@ def mean_features(model: Model, data: Data, *, trained_size: int, layers: int = 
     require(layers <= depth, f"{layers} layers are asked for; the encoder has {depth}")
 
     def apply(params: Any, images: jax.Array) -> jax.Array:
-        patches = normalised_patches(images, mean=data.mean, std=data.std, patch_size=model.patch_size)
+        patches = patchify(normalise(images, mean=data.mean, std=data.std), model.patch_size)
         variables = {"params": params}
         if layers == 1:
             return cast(jax.Array, encoder.apply(variables, patches)).mean(axis=1)

@@ -105,10 +105,19 @@ def patchify(images: jax.Array, patch_size: int) -> jax.Array:
     return rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=patch_size, q=patch_size)
 
 
-def normalised_patches(images: jax.Array, *, mean: Sequence[float], std: Sequence[float], patch_size: int) -> jax.Array:
-    """Images [B, H, W, C] uint8 -> normalised patches [B, N, F] float32; mean and std are of values in [0, 1]."""
-    images = images.astype(jnp.float32) / 255 - jnp.asarray(mean, jnp.float32)
-    return patchify(images / jnp.asarray(std, jnp.float32), patch_size)
+def normalise(images: jax.Array, *, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+    """[B, H, W, C] uint8 -> float32; mean and std of each channel are of values in [0, 1]."""
+    return (images.astype(jnp.float32) / 255 - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
+
+
+def drop_path(rng: jax.Array, *, rate: float, depth: int, batch: int) -> jax.Array:
+    """Factors on the branches of each block and image, [depth, 2, B]: 0, or 1 / (1 - rate of the block).
+
+    Stochastic depth (arXiv 1603.09382); rates rise linearly from 0 in the first block to
+    `rate` in the last; attention and MLP have draws of their own.
+    """
+    kept = 1 - jnp.linspace(0.0, rate, depth)[:, None, None]
+    return jax.random.bernoulli(rng, kept, (depth, 2, batch)).astype(jnp.float32) / kept
 
 
 def take(tokens: jax.Array, idx: jax.Array) -> jax.Array:
@@ -144,23 +153,31 @@ class Block(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, valid: jax.Array | None = None) -> jax.Array:
-        """x [B, K, D] -> [B, K, D]; tokens that are not valid [B, K] are not attended to."""
+    def __call__(self, x: jax.Array, valid: jax.Array | None = None, keep: jax.Array | None = None) -> jax.Array:
+        """x [B, K, D] -> [B, K, D]; tokens that are not valid [B, K] are not attended to.
+
+        keep [2, B]: factors on the outputs of attention and MLP.
+        """
         width = x.shape[-1]
 
         def dense(features, name):
             return nn.Dense(features, dtype=self.dtype, kernel_init=kernel_init(self.init_scheme), name=name)
+
+        def scaled(branch, number):
+            if keep is None:
+                return branch
+            return (branch.astype(jnp.float32) * keep[number, :, None, None]).astype(branch.dtype)
 
         y = layer_norm(x, name="norm1")
         qkv = rearrange(dense(3 * width, "qkv")(y), "b k (three h d) -> three b k h d", three=3, h=self.heads)
         mask = None if valid is None else valid[:, None, None, :]
         q, k, v = qkv
         y = jax.nn.dot_product_attention(q, k, v, mask=mask)  # softmax in float32
-        x = x + dense(width, "proj")(rearrange(y, "b k h d -> b k (h d)"))
+        x = x + scaled(dense(width, "proj")(rearrange(y, "b k h d -> b k (h d)")), 0)
 
         y = layer_norm(x, name="norm2")
         y = gelu(dense(round(width * self.mlp_ratio), "fc1")(y))
-        return x + dense(width, "fc2")(y)
+        return x + scaled(dense(width, "fc2")(y), 1)
 
 
 class Layers(NamedTuple):
@@ -172,11 +189,18 @@ class Layers(NamedTuple):
 
 
 def apply_blocks(
-    module: nn.Module, make: Callable[..., Block], depth: int, layers: Layers, x: jax.Array, valid: jax.Array | None
+    module: nn.Module,
+    make: Callable[..., Block],
+    depth: int,
+    layers: Layers,
+    x: jax.Array,
+    valid: jax.Array | None,
+    keep: jax.Array | None = None,
 ) -> jax.Array:
     """x [B, K, D] through `depth` blocks, children of `module` by the names block00, block01, ...
 
-    Unrolled, it sows each block's output into the collection "intermediates", as "blocks".
+    keep [depth, 2, B]: of `drop_path`.
+    Unrolled it sows each block's output into the collection "intermediates", as "blocks".
     """
     names = [f"block{i:02}" for i in range(depth)]
     if module.is_initializing():
@@ -184,9 +208,9 @@ def apply_blocks(
             x = make(name=name)(x, valid)
         return x
 
-    def layer(x: jax.Array, params: Any) -> jax.Array:
+    def layer(x: jax.Array, params: Any, keep: jax.Array | None) -> jax.Array:
         whole = layers.gather(params) if layers.gather else params
-        return cast(jax.Array, make(parent=None).apply({"params": whole}, x, valid))
+        return cast(jax.Array, make(parent=None).apply({"params": whole}, x, valid, keep))
 
     if layers.remat != "none":
         dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
@@ -195,9 +219,9 @@ def apply_blocks(
     params = [module.variables["params"][name] for name in names]
     if layers.scanned:
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
-        return jax.lax.scan(lambda x, p: (layer(x, p), None), x, stacked)[0]
-    for p in params:
-        x = layer(x, p)
+        return jax.lax.scan(lambda x, each: (layer(x, *each), None), x, (stacked, keep))[0]
+    for i, p in enumerate(params):
+        x = layer(x, p, None if keep is None else keep[i])
         module.sow("intermediates", "blocks", x)  # nothing, unless the caller makes this collection mutable
     return x
 
@@ -213,8 +237,14 @@ class Encoder(nn.Module):
     trained_grid: int | None = None  # where it differs from `grid`: positions are interpolated from this one's
 
     @nn.compact
-    def __call__(self, patches: jax.Array, idx: jax.Array | None = None, valid: jax.Array | None = None) -> jax.Array:
-        """Patches [B, N, F] -> features [B, N, D] float32.
+    def __call__(
+        self,
+        patches: jax.Array,
+        idx: jax.Array | None = None,
+        valid: jax.Array | None = None,
+        keep: jax.Array | None = None,
+    ) -> jax.Array:
+        """Patches [B, N, F] -> features [B, N, D] float32; keep as `drop_path` gives it.
 
         With idx [B, K] only these patches are encoded, at their positions,
         giving [B, K, D]; valid [B, K] marks those that may be attended to.
@@ -231,7 +261,7 @@ class Encoder(nn.Module):
         )
         x = x + positions.astype(self.dtype)
         make = functools.partial(Block, self.size.heads, self.size.mlp_ratio, self.init_scheme, self.dtype)
-        x = apply_blocks(self, make, self.size.depth, self.layers, x, valid)
+        x = apply_blocks(self, make, self.size.depth, self.layers, x, valid, keep)
         return layer_norm(x, name="norm")
 
 

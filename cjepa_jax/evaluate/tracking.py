@@ -76,8 +76,7 @@ def segment(labels: jax.Array, *, columns: int, patch_size: int) -> jax.Array:
     height, width, count = maps.shape
     maps = jax.image.resize(maps, (height * patch_size, width * patch_size, count), "bilinear")
     low, high = maps.min(axis=(0, 1)), maps.max(axis=(0, 1))
-    stretched = (maps - low) / jnp.where(high > low, high - low, 1)
-    return jnp.argmax(jnp.where(high > low, stretched, maps), axis=-1)
+    return jnp.argmax(jnp.where(high > low, (maps - low) / (high - low), maps), axis=-1)
 
 
 def region_similarity(found: np.ndarray, truth: np.ndarray) -> float:

@@ -48,13 +48,16 @@ def _interval(group: str, low: float, high: float, **values: tuple[float, float]
         )
 
 
+Source = Literal["digits", "npz", "folder", "tfds", "clevr_count", "clevr_distance"]  # see data/sources.py
+
+
 @dataclasses.dataclass(frozen=True)
 class Data:
     """Where images come from and how they are cropped."""
 
-    source: Literal["digits", "npz", "folder", "tfds"]  # scikit-learn's digits; the others: cjepa_jax/data/sources.py
+    source: Source
     name: str  # tfds: its name, e.g. "imagenet2012"; "" where data_dir is itself a data set, as `prepare` writes it
-    data_dir: str  # npz: the file; folder: the folder; tfds: where it looks, "" is its default, ~/tensorflow_datasets
+    data_dir: str  # npz: the file; folder: the folder; others: where TFDS looks, "" is ~/tensorflow_datasets
     train_split: str  # TFDS syntax, slices too: "train", "train[:80%]"
     test_split: str  # images for the probes
     image_size: int  # pixels a side after cropping

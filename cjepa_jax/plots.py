@@ -1,7 +1,7 @@
-"""Pictures of a run: its curves, and its masks over a few images."""
+"""Pictures: the curves of a run, its masks over a few images, spectra, images side by side with maps of them."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -87,6 +87,26 @@ def spectra(found: Mapping[str, np.ndarray], path: epath.Path) -> None:
     axes.set_xlabel("principal axis")
     axes.set_ylabel("std along it / largest")
     axes.legend()
+    _save(figure, path)
+
+
+def side_by_side(columns: Mapping[str, Sequence[np.ndarray] | np.ndarray], path: epath.Path, *, title: str) -> None:
+    """A row an image, a column a name: images [n, H, W, C], uint8 or in [0, 1], or maps [n, H, W].
+
+    The maps of a row have one scale; above each are its smallest and its largest value.
+    """
+    rows = list(zip(*columns.values(), strict=True))
+    figure = Figure(figsize=(0.5 + 1.9 * len(columns), 0.7 + 2.0 * len(rows)), layout="constrained")
+    figure.suptitle(title, wrap=True)
+    for i, (panels, row) in enumerate(zip(figure.subplots(len(rows), len(columns), squeeze=False), rows, strict=True)):
+        values = [picture for picture in row if picture.ndim == 2]
+        scale = {"vmin": min(map(np.min, values)), "vmax": max(map(np.max, values))} if values else {}
+        for axes, name, picture in zip(panels, columns, row, strict=True):
+            is_map = picture.ndim == 2
+            span = f"{picture.min():.2g} to {picture.max():.2g}" if is_map else ""
+            axes.imshow(picture, cmap="gray" if picture.shape[-1] == 1 else "viridis", **(scale if is_map else {}))
+            axes.set_axis_off()
+            axes.set_title("\n".join(filter(None, (name if i == 0 else "", span))))
     _save(figure, path)
 
 

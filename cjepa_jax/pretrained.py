@@ -95,6 +95,18 @@ def check(found: Any, wanted: Any, what: str) -> None:
     require(not wrong, f"{what} does not fit the config: {'; '.join(sorted(wrong)[:5])}{more}")
 
 
+def available(path: epath.Path) -> tuple[str, ...]:
+    """The towers that `load` can give. Raises UserError as `load` does."""
+    _, state = _find(path)
+    with quiet_on_error():
+        tree = ocp.PyTreeCheckpointer().metadata(state).item_metadata.tree
+    return tuple(tower for tower, keys in TOWERS.items() if _has(tree, keys))
+
+
+def _has(tree: Any, keys: Sequence[str]) -> bool:
+    return not keys or (keys[0] in tree and _has(tree[keys[0]], keys[1:]))
+
+
 def describe(path: epath.Path) -> tuple[epath.Path, dict[str, Any]]:
     """The workdir of what `load` loads, and all of its flat config.json. Raises UserError."""
     workdir, _ = _find(path)

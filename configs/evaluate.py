@@ -43,5 +43,7 @@ def get_config() -> ConfigDict:
             ),
             lowshot=dict(fraction=0.01, shots=(1, 5, 10), draws=5),
             collapse=dict(images=10_000, objects=1000, views=10),
+            attention=dict(images=8, query=(), other=""),
+            davis=dict(data_dir="", short_side=480),
         )
     )

@@ -403,7 +403,7 @@ def test_tfds_without_a_label(make_odd):
 
 
 def test_tfds_without_an_image_is_refused(make_odd):
-    with pytest.raises(UserError, match=r"odd/1\.0\.0 has no image, only number, kind"):
+    with pytest.raises(UserError, match=r"odd/1\.0\.0 has no image, only kind, number"):
         sources.load(make_odd(None, None, "kind"), "train")
 
 

@@ -10,6 +10,7 @@ from transformers import IJepaConfig, IJepaModel
 from transformers.models.ijepa.modeling_ijepa import IJepaLayer
 
 from cjepa_jax.config import Model
+from cjepa_jax.evaluate.attention import last_layer
 from cjepa_jax.models.vit import SIZES, Block, build_encoder, patchify, sincos_positions
 
 TOLERANCE = 2e-5  # of a feature; features are of size 1
@@ -124,6 +125,15 @@ def test_all_patches(encoder, weights, ijepa, images, patches):
     with torch.no_grad():
         reference = ijepa(torch.tensor(images).permute(0, 3, 1, 2)).last_hidden_state
     assert _largest_difference(ours, reference) <= TOLERANCE
+
+
+def test_last_layers_attention(encoder, weights, ijepa, images, patches):
+    attention, features = last_layer(encoder, _tree(weights)["params"], patches)
+    with torch.no_grad():
+        reference = ijepa(torch.tensor(images).permute(0, 3, 1, 2), output_attentions=True)
+    assert _largest_difference(features, reference.last_hidden_state) <= TOLERANCE
+    *_, before, last = reference.attentions
+    assert _largest_difference(attention, last) <= TOLERANCE * last.max() < _largest_difference(attention, before) / 100
 
 
 def test_some_patches(encoder, weights, ijepa, images, patches):

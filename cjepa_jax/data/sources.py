@@ -9,6 +9,8 @@ npz     `data.data_dir` is a file of arrays SPLIT_images [n, H, W] or [n, H, W, 
 folder  `data.data_dir` is a folder of images: see folder.py.
 tfds    A data set in ArrayRecord files, by its TFDS name, or, with an empty name,
         `data.data_dir` itself, as `python -m cjepa_jax.data.prepare` writes it.
+clevr_count, clevr_distance
+        TFDS' clevr with the labels of VTAB (Zhai et al. 2019, arXiv 1910.04867).
 """
 
 import dataclasses
@@ -17,7 +19,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -177,18 +179,27 @@ def _parts(split: str, **splits: Sequence[Any]) -> list[tuple[str, slice]]:
     return [(i.splitname, slice(i.from_, i.to)) for i in instructions]
 
 
-def _tfds(data: Data, split: str) -> Source:
-    """Images stay encoded until a loader thread crops them."""
+class _Label(NamedTuple):
+    """A label that follows from the other features of a record."""
+
+    classes: tuple[str, ...]
+    derive: Callable[[Any], int]  # the stored features, by their names in the file -> label, negative where unknown
+
+
+def _tfds(data: Data, split: str, label: _Label | None = None) -> Source:
+    """Images stay encoded until a loader thread crops them; `label`: rather than the label of the set."""
     import tensorflow_datasets as tfds
     from tensorflow_datasets.proto import tf_example_pb2
 
     builder = _builder(data)
-    features = builder.info.features
+    features = dict(sorted(builder.info.features.items()))  # TFDS' own order changes from process to process
     images = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
     labels = [key for key, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
     require(bool(images), f"data: {builder.info.full_name} has no image, only {', '.join(features)}")
     image_key = "image" if "image" in images else images[0]
-    label_key = "label" if "label" in labels else next(iter(labels), None)
+    if label is None and labels:
+        key = "label" if "label" in labels else labels[0]
+        label = _Label(tuple(features[key].names), lambda stored: stored[key].int64_list.value[0])
     try:
         records = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
     except ValueError as error:
@@ -199,17 +210,41 @@ def _tfds(data: Data, split: str) -> Source:
     def read(index: int) -> Record:
         # Twenty times as fast as TFDS' own deserialising, and other features need not be understood.
         stored = tf_example_pb2.Example.FromString(records[index]).features.feature
-        label = -1 if label_key is None else stored[label_key].int64_list.value[0]
-        image = stored[image_key].bytes_list.value[0]
-        return {"image": image, "label": None if label < 0 else label}  # TFDS' unknown label is -1
+        found = -1 if label is None else label.derive(stored)  # TFDS' unknown label is -1
+        return {"image": stored[image_key].bytes_list.value[0], "label": None if found < 0 else found}
 
     content = {name: [info.num_examples, info.num_bytes] for name, info in builder.info.splits.items()}
     return Source(
         _Records(len(records), read),
         f"{builder.info.full_name} {split} {json.dumps(content, sort_keys=True)}",
-        tuple(features[label_key].names) if label_key else (),
+        label.classes if label else (),
         lambda index: f"{builder.info.full_name} {split}[{index}]",
     )
+
+
+_CLEVR_DISTANCES = (8.0, 8.5, 9.0, 9.5, 10.0)  # VTAB's: about as many images between any two
+
+
+def _clevr_count(stored: Any) -> int:
+    """3 to 10 objects are the classes 0 to 7; the images of the split "test" have none."""
+    return len(stored["objects/size"].int64_list.value) - 3
+
+
+def _clevr_distance(stored: Any) -> int:
+    """How many of the thresholds lie below the distance of the closest object from the camera."""
+    depths = stored["objects/pixel_coords"].float_list.value[2::3]  # (x, y, depth) of each object
+    return int(np.searchsorted(_CLEVR_DISTANCES, min(depths))) if depths else -1
+
+
+_CLEVR = {
+    "clevr_count": _Label(tuple(f"{n} objects" for n in range(3, 11)), _clevr_count),
+    "clevr_distance": _Label((*(f"to {d}" for d in _CLEVR_DISTANCES), "further"), _clevr_distance),
+}
+
+
+def _clevr(data: Data, split: str) -> Source:
+    found = _tfds(dataclasses.replace(data, name="clevr"), split, _CLEVR[data.source])
+    return dataclasses.replace(found, fingerprint=f"{data.source} of {found.fingerprint}")
 
 
 def _builder(data: Data) -> Any:
@@ -261,4 +296,6 @@ _LOADERS: dict[str, Callable[[Data, str], Source]] = {
     "npz": _npz,
     "folder": _folder,
     "tfds": _tfds,
+    "clevr_count": _clevr,
+    "clevr_distance": _clevr,
 }

@@ -9,6 +9,9 @@
                           lowshot   logistic regression on few labels
                           collapse  std, rank, spectrum, alignment, uniformity, LiDAR;
                                     needs no labels
+                          attention pictures: attention and principal components
+                                    of both encoders, and of --config.attention.other=DIR
+                          davis     masks propagated through --config.davis.data_dir=DAVIS
 --tower=target_encoder    or encoder, the context encoder
 --baselines               judge an untrained encoder and raw pixels, too (the default);
                           --nobaselines leaves them out

@@ -14,7 +14,7 @@ KNN_TEMPERATURE = 0.07  # DINO's
 class Data:
     """The images; what is None is as in the checkpoint's config.json."""
 
-    source: Literal["digits", "npz", "folder", "tfds"] | None  # as in cjepa_jax/config.py
+    source: config.Source | None  # as in cjepa_jax/config.py
     name: str | None
     data_dir: str | None
     train_split: str | None
@@ -102,6 +102,30 @@ class Collapse:
 
 
 @dataclasses.dataclass(frozen=True)
+class Attention:
+    """Pictures of the last layer's attention, and of the main components of patch features."""
+
+    images: int  # of the test split, evenly spread
+    query: tuple[int, ...]  # (row, column) of the patch whose attention is shown; () is the mean over all patches
+    other: str  # a second checkpoint to show beside the first; "": none
+
+    def __post_init__(self):
+        at_least("attention", 1, images=self.images)
+        require(len(self.query) in (0, 2), f"attention.query must be () or (row, column), got {self.query}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Davis:
+    """Masks propagated through DAVIS-2017's videos."""
+
+    data_dir: str  # the folder that holds JPEGImages, Annotations and ImageSets
+    short_side: int  # of the frames as they are encoded
+
+    def __post_init__(self):
+        at_least("davis", 1, short_side=self.short_side)
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluation:
     """All settings of one evaluation."""
 
@@ -112,6 +136,8 @@ class Evaluation:
     linear: Linear
     lowshot: Lowshot
     collapse: Collapse
+    attention: Attention
+    davis: Davis
 
     def __post_init__(self):
         require(self.seed >= 0, f"seed must be at least 0, got {self.seed}")

@@ -13,7 +13,7 @@ from cjepa_jax import metrics, plots
 from cjepa_jax.config import require
 from cjepa_jax.data import pipeline
 from cjepa_jax.diagnostics import diagnose
-from cjepa_jax.evaluate import collapse, knn, linear, logistic
+from cjepa_jax.evaluate import collapse, knn, linear, logistic, patchwise
 from cjepa_jax.evaluate.results import Rows
 from cjepa_jax.evaluate.sets import Labelled, few, spread
 from cjepa_jax.evaluate.subject import CHECKPOINT, PIXELS, Subject
@@ -217,4 +217,6 @@ METHODS = {
     "linear": Method(_linear, labels=True),
     "lowshot": Method(_lowshot, labels=True),
     "collapse": Method(_collapse, labels=False),
+    "attention": Method(patchwise.attention, labels=False),
+    "davis": Method(patchwise.davis, labels=False),
 }

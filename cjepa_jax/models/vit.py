@@ -82,22 +82,30 @@ def sincos_positions(width: int, grid: int) -> np.ndarray:
     return np.concatenate(halves, axis=1).astype(np.float32)
 
 
-def interpolate_positions(table: np.ndarray, grid: int) -> np.ndarray:
-    """Positions [N, width] of a square grid -> those of another one [grid^2, width] float32, as I-JEPA does it.
+def interpolate_positions(table: np.ndarray, rows: int, columns: int | None = None) -> np.ndarray:
+    """Positions [N, width] of a square grid -> of another grid [rows * columns, width] float32, as I-JEPA does it.
+
+    A grid without `columns` is square.
 
     PyTorch's `interpolate(mode="bicubic", align_corners=False)`: Keys' kernel with
     a = -0.75 (`jax.image.resize` has -0.5), borders repeated, no antialiasing.
     """
     old = math.isqrt(len(table))
-    where = (np.arange(grid) + 0.5) * old / grid - 0.5  # the new grid's patches, in units of the old one
-    first = np.floor(where).astype(int) - 1
-    weights = np.zeros((grid, old))
-    for tap in range(4):
-        x = np.abs(where - (first + tap))
-        near, far = 1.25 * x**3 - 2.25 * x**2 + 1, -0.75 * (x**3 - 5 * x**2 + 8 * x - 4)
-        np.add.at(weights, (np.arange(grid), np.clip(first + tap, 0, old - 1)), np.where(x <= 1, near, far))
+
+    def weights(new: int) -> np.ndarray:
+        """[new, old]"""
+        where = (np.arange(new) + 0.5) * old / new - 0.5  # the new grid's patches, in units of the old one
+        first = np.floor(where).astype(int) - 1
+        found = np.zeros((new, old))
+        for tap in range(4):
+            x = np.abs(where - (first + tap))
+            near, far = 1.25 * x**3 - 2.25 * x**2 + 1, -0.75 * (x**3 - 5 * x**2 + 8 * x - 4)
+            np.add.at(found, (np.arange(new), np.clip(first + tap, 0, old - 1)), np.where(x <= 1, near, far))
+        return found
+
     square = table.reshape(old, old, -1).astype(np.float64)
-    return np.einsum("ai,bj,ijd->abd", weights, weights, square).reshape(grid * grid, -1).astype(np.float32)
+    new = np.einsum("ai,bj,ijd->abd", weights(rows), weights(columns or rows), square)
+    return new.reshape(-1, table.shape[-1]).astype(np.float32)
 
 
 def patchify(images: jax.Array, patch_size: int) -> jax.Array:
@@ -172,6 +180,7 @@ class Block(nn.Module):
         qkv = rearrange(dense(3 * width, "qkv")(y), "b k (three h d) -> three b k h d", three=3, h=self.heads)
         mask = None if valid is None else valid[:, None, None, :]
         q, k, v = qkv
+        self.sow("intermediates", "queries_and_keys", (q, k))  # nothing, unless the caller makes it mutable
         y = jax.nn.dot_product_attention(q, k, v, mask=mask)  # softmax in float32
         x = x + scaled(dense(width, "proj")(rearrange(y, "b k h d -> b k (h d)")), 0)
 
@@ -199,8 +208,8 @@ def apply_blocks(
 ) -> jax.Array:
     """x [B, K, D] through `depth` blocks, children of `module` by the names block00, block01, ...
 
-    keep [depth, 2, B]: of `drop_path`.
-    Unrolled it sows each block's output into the collection "intermediates", as "blocks".
+    keep [depth, 2, B]: of `drop_path`. Unrolled, it sows what goes into the first block and what comes out of each into
+    the collection "intermediates", as "blocks".
     """
     names = [f"block{i:02}" for i in range(depth)]
     if module.is_initializing():
@@ -220,9 +229,10 @@ def apply_blocks(
     if layers.scanned:
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
         return jax.lax.scan(lambda x, each: (layer(x, *each), None), x, (stacked, keep))[0]
+    module.sow("intermediates", "blocks", x)  # nothing, unless the caller makes this collection mutable
     for i, p in enumerate(params):
         x = layer(x, p, None if keep is None else keep[i])
-        module.sow("intermediates", "blocks", x)  # nothing, unless the caller makes this collection mutable
+        module.sow("intermediates", "blocks", x)
     return x
 
 
@@ -235,6 +245,7 @@ class Encoder(nn.Module):
     dtype: jnp.dtype
     layers: Layers
     trained_grid: int | None = None  # where it differs from `grid`: positions are interpolated from this one's
+    columns: int | None = None  # where the grid is not square: then `grid` is its rows
 
     @nn.compact
     def __call__(
@@ -249,9 +260,10 @@ class Encoder(nn.Module):
         With idx [B, K] only these patches are encoded, at their positions,
         giving [B, K, D]; valid [B, K] marks those that may be attended to.
         """
-        table = sincos_positions(self.size.width, self.trained_grid or self.grid)
-        if len(table) != self.grid**2:
-            table = interpolate_positions(table, self.grid)
+        trained, columns = self.trained_grid or self.grid, self.columns or self.grid
+        table = sincos_positions(self.size.width, trained)
+        if (self.grid, columns) != (trained, trained):
+            table = interpolate_positions(table, self.grid, columns)
         positions = jnp.asarray(table)[None]
         if idx is not None:  # before the embedding: the same values, and nothing to scatter in the backward pass
             patches = take(patches, idx)

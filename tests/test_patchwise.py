@@ -1,0 +1,181 @@
+"""Pictures of attention and components, and DAVIS, of whole checkpoints: what is shown, and what is refused."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_davis import write
+
+from cjepa_jax import plots, pretrained
+from cjepa_jax.config import Model, UserError
+from cjepa_jax.evaluate import attention as maps
+from cjepa_jax.evaluate import patchwise
+from cjepa_jax.evaluate.config import Evaluation
+from cjepa_jax.evaluate.subject import Subject
+from cjepa_jax.models.vit import Block, build_encoder, interpolate_positions, layer_norm, patchify, sincos_positions
+from cjepa_jax.parsing import parse
+from configs import evaluate
+
+SIZE = 16
+
+
+@pytest.fixture
+def save(tmp_path):
+    """Writes a checkpoint of random encoders."""
+
+    def save(name, *, patch_size=4, channels=3, towers=("target_encoder", "encoder"), seed=0):
+        model = Model(
+            size="16x2x2", patch_size=patch_size, init="fan_in", dtype="float32", layers="scanned", remat="none"
+        )
+        encoder = build_encoder(model, grid=SIZE // patch_size)
+        patches = np.zeros((1, encoder.grid**2, patch_size**2 * channels), np.float32)
+        keys = jax.random.split(jax.random.key(seed), len(towers))
+        params = {tower: encoder.init(key, patches)["params"] for tower, key in zip(towers, keys, strict=True)}
+        mean, std = (0.5,) * channels, (0.25,) * channels
+        networks = pretrained.Pretrained(model, None, SIZE, mean, std, step=7, params=jax.device_get(params))
+        pretrained.save(tmp_path / name, networks)
+        return tmp_path / name
+
+    return save
+
+
+@pytest.fixture
+def load(tmp_path):
+    """A checkpoint as the command loads it, on 20 images."""
+    images = np.random.default_rng(0).integers(0, 256, (20, SIZE, SIZE, 3), np.uint8)
+    np.savez(tmp_path / "images.npz", train_images=images, test_images=images[::-1])
+
+    def load(checkpoint, *, baselines=True, **overrides):
+        config = evaluate.get_config()
+        data = {"source": "npz", "data_dir": str(tmp_path / "images.npz"), "train_split": "train", "test_split": "test"}
+        settings = {f"data.{key}": value for key, value in data.items()} | {"data.crop_fraction": 1.0}
+        with config.ignore_type():
+            config.update_from_flattened_dict(settings | {k.replace("__", "."): v for k, v in overrides.items()})
+        settings = parse(config.to_dict(), Evaluation)
+        return Subject(checkpoint, "target_encoder", settings, baselines=baselines), images[::-1]
+
+    return load
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """What is drawn: file's name -> (columns, title); it is drawn all the same."""
+    found, draw = {}, plots.side_by_side
+
+    def keep(columns, path, *, title):
+        found[path.name] = columns, title
+        draw(columns, path, title=title)
+
+    monkeypatch.setattr(plots, "side_by_side", keep)
+    return found
+
+
+def test_two_checkpoints_side_by_side(save, load, drawn):
+    first, second = save("first"), save("second", patch_size=8, seed=1)
+    subject, images = load(first, attention__other=str(second), attention__images=3)
+    rows = patchwise.attention(subject, subject.workdir / "evaluation/x.attention.json")
+    names = [f"{name}, step 7\n{kind} encoder" for name in ("first", "second") for kind in ("target", "context")]
+    assert [*rows] == [name.replace("\n", ", ") for name in names] + ["untrained"]
+    attended, title = drawn["x.attention.png"]
+    components, _ = drawn["x.components.png"]
+    assert [*attended] == [*components] == ["image", *names, "untrained"]
+    assert "query: mean over all patches" in title
+    np.testing.assert_array_equal(attended["image"], images[[0, 10, 19]])  # evenly spread
+
+    checkpoints = [(first, 4), (first, 4), (second, 8), (second, 8)]
+    for name, tower, (path, patch) in zip(names, ("target_encoder", "encoder") * 2, checkpoints, strict=True):
+        networks = pretrained.load(path, (tower,))
+        model = Model(**vars(networks.model) | {"layers": "unrolled"})
+        pixels = (images[[0, 10, 19]] / 255 - 0.5) / 0.25
+        encoder = build_encoder(model, grid=SIZE // patch)
+        look = jax.jit(functools.partial(maps.last_layer, encoder))
+        weights, found = look(networks.params[tower], patchify(pixels.astype(np.float32), patch))
+        expected = np.asarray(weights).mean(axis=(1, 2)) * weights.shape[-1]
+        large = torch.nn.functional.interpolate(
+            torch.tensor(expected).reshape(3, 1, encoder.grid, encoder.grid), size=SIZE, mode="bilinear"
+        )[:, 0]
+        np.testing.assert_allclose(attended[name], large, atol=1e-5)
+        colours = maps.component_colours(np.asarray(found))[0]
+        np.testing.assert_allclose(components[name].reshape(colours.shape), colours, atol=1e-3)
+        p = np.asarray(weights, np.float64)
+        entropy = -(p * np.log(p)).sum(axis=-1).mean() / np.log(p.shape[-1])
+        assert rows[name.replace("\n", ", ")]["entropy of attention / log N"] == pytest.approx(entropy, abs=1e-5)
+    for kind in ("attention", "components"):
+        with Image.open(subject.workdir / f"evaluation/x.{kind}.png") as picture:
+            assert picture.size[0] > 500
+
+
+def test_the_query_is_a_patch(save, load, drawn):
+    """Its attention is shown, it is outlined and named; a checkpoint of one encoder shows one."""
+    subject, images = load(save("only", towers=("target_encoder",)), baselines=False, attention__query=(1, 2))
+    rows = patchwise.attention(subject, subject.workdir / "x.attention.json")
+    assert [*rows] == ["only, step 7, target encoder"]
+    columns, title = drawn["x.attention.png"]
+    assert "query: patch (1, 2), outlined" in title
+    clean = images[np.linspace(0, 19, 8).round().astype(int)]
+    edge = np.zeros((SIZE, SIZE), bool)
+    edge[4:8, 8:12], edge[5:7, 9:11] = True, False
+    np.testing.assert_array_equal(columns["image"], np.where(edge[..., None], (255, 0, 0), clean))
+    (tower,) = patchwise._towers(subject, subject.workdir)
+    weights, _ = patchwise._look(tower, tower.params, jax.numpy.asarray(clean))  # not of what is outlined
+    expected = maps.enlarged(maps.attended(weights, 1 * 4 + 2), image_size=SIZE)
+    np.testing.assert_allclose(columns["only, step 7\ntarget encoder"], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "other, overrides, says",
+    [
+        ({}, {"attention__query": (4, 0)}, r"attention\.query = \(4, 0\) is no patch: rows and columns are 0 to 3"),
+        ({}, {"attention__query": (0, -1)}, r"is no patch"),
+        ({"patch_size": 8}, {"attention__query": (0, 0)}, r"grids differ, 2 and 4 patches"),
+        ({"channels": 1}, {}, r"second wants images of 1 channels, the first one of 3"),
+        ({}, {"attention__query": (1,)}, r"attention\.query must be \(\) or \(row, column\), got \(1,\)"),
+        ({}, {"attention__images": 0}, r"attention\.images must be at least 1"),
+    ],
+)
+def test_what_does_not_fit_is_named(save, load, other, overrides, says):
+    with pytest.raises(UserError, match=says):
+        subject, _ = load(save("first"), attention__other=str(save("second", **other)), **overrides)
+        patchwise.attention(subject, subject.workdir / "x.attention.json")
+
+
+def test_davis_of_a_checkpoint(save, load, drawn, tmp_path):
+    """On all devices; wide frames; the encoder's features are those of its positions, interpolated."""
+    write(tmp_path / "davis", "bands")
+    checkpoint = save("run")
+    subject, _ = load(checkpoint, davis__data_dir=str(tmp_path / "davis"), davis__short_side=64)
+    rows = patchwise.davis(subject, subject.workdir / "x.davis.json")
+    assert {*rows} == {"checkpoint", "untrained", "raw pixels"}
+    for row in rows.values():
+        assert row["J&F %"] == pytest.approx((row["J %"] + row["F %"]) / 2) and 0 < row["J&F %"] <= 1
+        assert [*row["objects"]] == ["bands"] and len(row["objects"]["bands"]["J"]) == 2
+    assert rows["raw pixels"]["J&F %"] == 1  # a patch looks like itself and no other
+    columns, title = drawn["x.davis.png"]
+    assert "bands" in title and [*columns] == ["first frame, given", *(f"{i}/3 of the video" for i in (1, 2, 3))]
+    assert {frame.shape for frames in columns.values() for frame in frames} == {(64, 128, 3)}
+
+
+def test_frames_are_encoded_at_positions_interpolated_as_pytorch_does(save, load):
+    """From 4 x 4 patches to 16 x 32: with PyTorch's table added to the patches, and none of its own, the same."""
+    checkpoint = save("run")
+    subject, _ = load(checkpoint, baselines=False)
+    frames = np.random.default_rng(0).integers(0, 256, (8, 64, 128, 3), np.uint8)
+    found = patchwise._encode(subject, "checkpoint")(subject.params["checkpoint"], frames)
+
+    table = torch.tensor(sincos_positions(16, 4)).T.reshape(1, 16, 4, 4)
+    wide = torch.nn.functional.interpolate(table, size=(16, 32), mode="bicubic")[0].reshape(16, 512).T.numpy()
+    np.testing.assert_allclose(interpolate_positions(sincos_positions(16, 4), 16, 32), wide, atol=1e-5)
+    params = pretrained.load(checkpoint, ("target_encoder",)).params["target_encoder"]
+    x = (
+        patchify((frames / 255 - 0.5).astype(np.float32) / 0.25, 4) @ params["embed"]["kernel"]
+        + params["embed"]["bias"]
+    )
+    x = x + wide
+    for i in range(2):
+        x = Block(2, 4, "fan_in", np.dtype("float32")).apply({"params": params[f"block{i:02}"]}, x)
+    np.testing.assert_allclose(found, layer_norm(x, params=params["norm"]), atol=1e-4)
+    pixels = patchwise._encode(subject, "raw pixels")({}, frames)
+    np.testing.assert_allclose(pixels, patchify((frames / 255 - 0.5) / 0.25, 4), atol=1e-5)

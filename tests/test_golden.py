@@ -20,7 +20,7 @@ from cjepa_jax.step import Method, init_state, train_step
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 FILES = (pathlib.Path(__file__).parents[1] / "configs").glob("*.py")
-CONFIGS = sorted(p.stem for p in FILES if not p.stem.startswith(("__", "finetune_")))
+CONFIGS = sorted(p.stem for p in FILES if not p.stem.startswith(("__", "evaluate", "finetune_")))
 
 
 @pytest.fixture

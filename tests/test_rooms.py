@@ -12,7 +12,7 @@ MATH += ["finetune/config", "finetune/mixing", "finetune/tuning"]
 MATH_MAY_IMPORT = {"jax", "numpy", "einops", "flax", "optax", "dataclasses", "typing", "types", "collections"}
 MATH_MAY_IMPORT |= {"functools", "difflib", "math"}
 PATCHES = ("evaluate/attention", "evaluate/tracking")  # which have scikit-learn's PCA and OpenCV's dilation
-IO = ["data", "checkpoint", "pretrained", "metrics", "plots"]
+IO = ["data", "checkpoint", "pretrained", "interop", "metrics", "plots"]
 TRAINING = {f"cjepa_jax.{name}" for name in ("train", "main", "loop", "finetune", "step", "losses", "optimizer")}
 
 
@@ -57,7 +57,7 @@ def test_only_sharding_knows_axis_names():
             assert "PartitionSpec" not in path.read_text(), path.name
 
 
-@pytest.mark.parametrize("room", ["hlo", "predict", "tpu", "command"])
+@pytest.mark.parametrize("room", ["hlo", "predict", "tpu", "command", "convert"])
 def test_what_runs_before_jax_imports_none(room):
     """The environment that the TPU compiler wants must be set first; and --help should be quick."""
     for path in modules(room):

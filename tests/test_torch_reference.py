@@ -26,6 +26,7 @@ from cjepa_jax.masking import sample_masks
 from cjepa_jax.parsing import parse
 from cjepa_jax.step import Method, init_state, train_step
 from configs.digits import get_config
+from tests.torch_ijepa import Block, positions_2d
 
 TOLERANCE = 1e-4  # relative, of a leaf: norm of the difference over norm of the reference
 STEPS = 5
@@ -107,36 +108,6 @@ def _config(*overrides):
 # The reference: networks, for one image or one sequence at a time.
 
 
-def positions_2d(width, grid):
-    """[N, width]: the column in the first half of the channels, the row in the second."""
-    table = []
-    for row, column in itertools.product(range(grid), repeat=2):
-        channels = []
-        for position in (column, row):
-            angles = [position / 10_000 ** (i / (width / 4)) for i in range(width // 4)]
-            channels += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
-        table.append(channels)
-    return torch.tensor(table, dtype=torch.float64)
-
-
-class TorchBlock(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
-
-    def forward(self, x):
-        tokens, width = x.shape
-        q, k, v = (t.view(tokens, HEADS, -1).transpose(0, 1) for t in self.qkv(self.norm1(x)).chunk(3, dim=1))
-        attention = (q @ k.transpose(1, 2) / math.sqrt(width / HEADS)).softmax(dim=-1)
-        x = x + self.proj((attention @ v).transpose(0, 1).reshape(tokens, width))
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
-
-
 class TorchTransformer(nn.Module):
     """What encoder and predictor have in common."""
 
@@ -144,7 +115,7 @@ class TorchTransformer(nn.Module):
         super().__init__()
         self.block_names = [f"block{i:02}" for i in range(depth)]
         for name in self.block_names:
-            self.add_module(name, TorchBlock(width))
+            self.add_module(name, Block(width, HEADS, 4 * width))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.positions = positions_2d(width, grid)
 
@@ -337,6 +308,8 @@ def _torch_name(name):
     *path, leaf = name.split("/")
     if path == ["projector"]:  # scale0, bias0, ... are those of the batch norms
         path, leaf = ["projector", f"batch_norm{leaf[-1]}"], leaf[:-1]
+    if len(path) > 1 and path[-2].startswith("block"):
+        path[-1] = {"qkv": "attn.qkv", "proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}.get(path[-1], path[-1])
     return ".".join([*path, {"kernel": "weight", "scale": "weight"}.get(leaf, leaf)])
 
 

@@ -6,6 +6,10 @@ import numpy as np
 import pytest
 import torch
 from flax.traverse_util import flatten_dict, unflatten_dict
+
+import tests.torch_ijepa  # noqa: F401  (defines what transformers' import needs)
+
+# isort: split
 from transformers import IJepaConfig, IJepaModel
 from transformers.models.ijepa.modeling_ijepa import IJepaLayer
 

@@ -1,0 +1,1 @@
+"""Checkpoints of others: I-JEPA's release, timm, transformers."""

@@ -1,0 +1,48 @@
+"""Checkpoints for timm's vit_*_patch*_gap_*: one safetensors file."""
+
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from cjepa_jax.config import UserError
+from cjepa_jax.interop import safe, torch_names
+from cjepa_jax.interop.tensors import Given, Source, class_count, give
+from cjepa_jax.models.vit import parse_size
+from cjepa_jax.pretrained import Pretrained
+
+
+def open_file(path: epath.Path, given: Given) -> Source:
+    """Raises UserError for a damaged file, and one of another kind."""
+    tensors, metadata = safe.read(path, [path])
+    if any(name.startswith(("embeddings.", "ijepa.")) for name in tensors):
+        raise UserError(f"--input {path} is part of a folder of transformers: name the folder, {path.parent}")
+    known: dict[str, Any] = {
+        key: json.loads(metadata[key]) for key in ("num_heads", "mean", "std", "classes") if key in metadata
+    }
+    classes = known.pop("classes", ())
+    names = {"target_encoder": torch_names.ENCODER, "head": torch_names.TIMM_HEAD}
+    return safe.open_tensors("timm", path, tensors, names, safe.agree(path, given, known), classes)
+
+
+def write(path: pathlib.Path, networks: Pretrained) -> None:
+    """The tensors, and as metadata what they do not say."""
+    metadata = {"num_heads": parse_size(networks.model.size).heads}
+    metadata |= {key: getattr(networks, key) for key in ("mean", "std", "classes")}
+    tensors: dict[str, np.ndarray] = {}
+    for tower, params in networks.params.items():
+        names = torch_names.TIMM_HEAD if tower == "head" else torch_names.ENCODER
+        tensors |= give(params, names, networks)
+    safe.write(path, tensors, {key: json.dumps(value) for key, value in metadata.items()})
+
+
+def call(networks: Pretrained, path: str) -> str:
+    """The line of Python that loads the file; timm's models of this kind differ from ours in settings, not in kind."""
+    size = parse_size(networks.model.size)
+    settings: dict[str, Any] = {"img_size": networks.image_size, "patch_size": networks.model.patch_size}
+    settings |= {"in_chans": len(networks.mean), "embed_dim": size.width, "depth": size.depth, "num_heads": size.heads}
+    settings |= {} if size.mlp_ratio == 4 else {"mlp_ratio": size.mlp_ratio}
+    settings |= {"num_classes": class_count(networks), "checkpoint_path": path}
+    return f"timm.create_model('vit_base_patch16_gap_224', {', '.join(f'{k}={v!r}' for k, v in settings.items())})"

@@ -1,0 +1,104 @@
+"""Folders of transformers: config.json, model.safetensors, preprocessor_config.json, README.md."""
+
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from cjepa_jax.config import UserError, one_line, require
+from cjepa_jax.interop import card, safe, torch_names
+from cjepa_jax.interop.tensors import Given, Source, class_count, give
+from cjepa_jax.models.vit import LAYER_NORM_EPS, parse_size
+from cjepa_jax.pretrained import Pretrained
+
+
+def open_folder(path: epath.Path, given: Given) -> Source:
+    """Raises UserError for a folder of another kind of model, and for damaged files."""
+    config = _read_json(path / "config.json")
+    kind = config.get("model_type")
+    require(kind == "ijepa", f"--input {path}: config.json describes a model of the type {kind}, not ijepa")
+    for key, default, wanted in (
+        ("hidden_act", "gelu", "gelu"),
+        ("qkv_bias", True, True),
+        ("layer_norm_eps", 1e-12, LAYER_NORM_EPS),
+    ):
+        value = config.get(key, default)
+        require(value == wanted, f"--input {path}: config.json has {key} = {value}; only {wanted} can be converted")
+    preprocessor = path / "preprocessor_config.json"
+    images = _read_json(preprocessor) if preprocessor.exists() else {}
+    known = {"num_heads": config.get("num_attention_heads", 12)}
+    known |= {key: images[f"image_{key}"] for key in ("mean", "std") if f"image_{key}" in images}
+    tensors, _ = safe.read(path, sorted(path.glob("*.safetensors")))
+    tensors = {name.removeprefix("ijepa."): x for name, x in tensors.items()}
+    labels = config.get("id2label", {})
+    names = {"target_encoder": torch_names.TRANSFORMERS, "head": torch_names.TRANSFORMERS_HEAD}
+    classes = [labels[key] for key in sorted(labels, key=int)]
+    return safe.open_tensors("transformers", path, tensors, names, safe.agree(path, given, known), classes)
+
+
+def write(path: pathlib.Path, networks: Pretrained, run: card.Run) -> None:
+    """config.json, model.safetensors, preprocessor_config.json and a model card, README.md."""
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(_config(networks), indent=2) + "\n")
+    preprocessor = _preprocessor(networks, run)
+    (path / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
+    (path / "README.md").write_text(card.readme(networks, run))
+    tensors: dict[str, np.ndarray] = {}
+    for tower, params in networks.params.items():
+        names = torch_names.TRANSFORMERS_HEAD if tower == "head" else torch_names.TRANSFORMERS
+        prefix = "ijepa." if "head" in networks.params and tower != "head" else ""
+        tensors |= {prefix + name: x for name, x in give(params, names, networks).items()}
+    safe.write(path / "model.safetensors", tensors, {})
+
+
+def _config(networks: Pretrained) -> dict[str, Any]:
+    size = parse_size(networks.model.size)
+    config = {
+        "architectures": ["IJepaForImageClassification" if "head" in networks.params else "IJepaModel"],
+        "model_type": "ijepa",
+        "hidden_size": size.width,
+        "num_hidden_layers": size.depth,
+        "num_attention_heads": size.heads,
+        "intermediate_size": round(size.width * size.mlp_ratio),
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "layer_norm_eps": LAYER_NORM_EPS,
+        "image_size": networks.image_size,
+        "patch_size": networks.model.patch_size,
+        "num_channels": len(networks.mean),
+        "qkv_bias": True,
+    }
+    if "head" in networks.params:
+        names = networks.classes or [f"LABEL_{i}" for i in range(class_count(networks))]
+        config |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    return config
+
+
+def _preprocessor(networks: Pretrained, run: card.Run) -> dict[str, Any]:
+    """As the features are evaluated: the short side resized, a central crop. ViTImageProcessor would not crop."""
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": len(networks.mean) == 3,
+        "do_resize": True,
+        "size": {"shortest_edge": round(networks.image_size / run.crop_fraction)},
+        "resample": 2,  # bilinear
+        "do_center_crop": True,
+        "crop_size": {"height": networks.image_size, "width": networks.image_size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": networks.mean,
+        "image_std": networks.std,
+    }
+
+
+def _read_json(path: epath.Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({one_line(error)})") from None
+    require(isinstance(content, dict), f"{path} holds no settings")
+    return content

@@ -162,7 +162,8 @@ def test_draws_are_new_each_step_and_the_average_follows_all_parameters():
 def test_score_counts_by_the_book():
     method = tuning.Tuning(settings(), model(), 10, 10)
     state = jax.jit(functools.partial(tuning.init_state, method=method))(jax.random.key(0))
-    params = state.params | {"head": {"kernel": jax.random.normal(jax.random.key(3), (16, 10)), "bias": jnp.ones(10)}}
+    head = {"kernel": jax.random.normal(jax.random.key(3), (16, 10)), "bias": jnp.zeros(10).at[0].set(20)}
+    params = state.params | {"head": head}
     images = jax.random.randint(jax.random.key(1), (40, 8, 8, 1), 0, 256).astype(jnp.uint8)
     labels = jnp.where(jnp.arange(40) % 7 == 0, -2, jnp.arange(40) % 10).astype(jnp.int32)
     found = jax.jit(functools.partial(tuning.score, method=method))(params, (images, labels))
@@ -171,6 +172,7 @@ def test_score_counts_by_the_book():
     right = (order == np.asarray(labels)[:, None])[counted]
     logs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     assert found["images"] == counted.sum() < 40
+    assert (order[~counted, 0] == 0).any()  # what stands in for their labels must not count
     assert found["top1"] == right[:, 0].sum() and found["top5"] == right[:, :5].sum() > found["top1"]
     expected = -logs[np.arange(40), np.asarray(labels)][counted].sum()
     assert float(found["loss"]) == pytest.approx(expected, rel=1e-5)

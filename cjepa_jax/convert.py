@@ -8,7 +8,8 @@
 --format=ijepa            a .pth.tar as I-JEPA's release reads it; needs PyTorch, the others do not
 --format=timm             a .safetensors for timm.create_model(..., checkpoint_path=PATH)
 --format=transformers     a folder for IJepaModel.from_pretrained
---tower=target_encoder    which encoder goes into timm and transformers; or encoder, the context encoder
+--tower=target_encoder    which encoder goes into timm and transformers; or encoder, the context encoder; of a
+                          fine-tuned network encoder, which is the default there, or ema_encoder, its average
 --force                   replaces an output that exists
 
 What an input may leave open:
@@ -35,7 +36,9 @@ FORMATS = ("orbax", "ijepa", "timm", "transformers")
 _INPUT = flags.DEFINE_string("input", None, "The checkpoint.")
 _OUTPUT = flags.DEFINE_string("output", None, "Where the converted one goes.")
 _FORMAT = flags.DEFINE_enum("format", None, FORMATS, "Of the output.")
-_TOWER = flags.DEFINE_enum("tower", None, ("target_encoder", "encoder"), "Which encoder, where there is one only.")
+_TOWER = flags.DEFINE_enum(
+    "tower", None, ("target_encoder", "encoder", "ema_encoder"), "Which encoder, where there is one only."
+)
 _FORCE = flags.DEFINE_bool("force", False, "Replaces an output that exists.")
 _HEADS = flags.DEFINE_integer("num-heads", None, "Of the input's attention.", lower_bound=1)
 _MEAN = flags.DEFINE_list("mean", None, "Of the images.")
@@ -62,8 +65,10 @@ def convert(source: str, output: str, kind: str, *, tower: str | None, force: bo
     _check_output(path, target, kind, force)
     towers = _choose(opened.towers, kind, tower)
     networks = opened.load(towers)
+    if kind in ("timm", "transformers"):  # which know one encoder and one head
+        networks = networks._replace(params={name.removeprefix("ema_"): x for name, x in networks.params.items()})
     shapes = pretrained.shapes(networks, classes=tensors.class_count(networks))
-    for name in set(towers) & shapes.keys():
+    for name in networks.params.keys() & shapes.keys():
         pretrained.check(networks.params[name], shapes[name], f"--input {source}: its {name}")
     if opened.kind == "orbax":
         run = card.read_run(pretrained.describe(path)[0], step=networks.step, tower=towers[0])
@@ -90,7 +95,8 @@ def _choose(towers: Sequence[str], kind: str, tower: str | None) -> list[str]:
     if tower is None:
         tower = "target_encoder" if "target_encoder" in towers else "encoder"
     require(tower in towers, f"--input has no {tower}, only {', '.join(towers)}")
-    return [tower] + (["head"] if "head" in towers else [])
+    head = "ema_head" if tower == "ema_encoder" else "head"
+    return [tower] + ([head] if head in towers else [])
 
 
 def _check_output(source: Any, output: pathlib.Path, kind: str, force: bool) -> None:

@@ -22,7 +22,7 @@ _BAR = {  # metric -> its name on the bar
     "images_per_second": "img/s",
     "data/wait_fraction": "wait",
 }
-_PROBES = ("eval/knn", "eval/linear")
+_PROBES = ("eval/knn", "eval/linear", "eval/top1", "eval/ema_top1")
 
 
 class Metrics:

@@ -258,6 +258,25 @@ def test_a_classifier_keeps_its_head(tmp_path):
     assert again.classes == networks.classes
 
 
+@pytest.mark.parametrize("tower", [None, "ema_encoder"])
+def test_of_a_fine_tuned_network_its_average_too(tmp_path, tower):
+    networks = make_networks(predictor=None, classes=5)
+    params = networks.params
+    average = {"kernel": params["head"]["kernel"][::-1], "bias": params["head"]["bias"] + 1}
+    tuned = {key: params[key] for key in ("encoder", "head")} | {
+        "ema_encoder": params["target_encoder"],
+        "ema_head": average,
+    }
+    pretrained.save(epath.Path(tmp_path / "ours"), networks._replace(params=tuned))
+    to(tmp_path / "ours", tmp_path / "folder", "transformers", tower=tower)
+    to(tmp_path / "folder", tmp_path / "again", "orbax")
+    again = pretrained.load(epath.Path(tmp_path / "again"), ("target_encoder", "head")).params
+    same(again["head"], average if tower else tuned["head"])
+    same(again["target_encoder"], tuned["ema_encoder" if tower else "encoder"])
+    card = (tmp_path / "folder" / "README.md").read_text()
+    assert f"from the {'ema encoder' if tower else 'encoder'}" in card
+
+
 def test_images_are_prepared_as_for_evaluation(odd):
     """A picture whose short side is what it would be resized to: crop and resize, in either order, are the crop."""
     from transformers import AutoImageProcessor, pipeline

@@ -179,6 +179,18 @@ def test_the_command_prints_tables_and_leaves_what_it_takes_to_repeat(workdir, m
     assert before.read_bytes() == content
 
 
+@pytest.mark.parametrize("augment", [False, True])
+def test_the_linear_probe_is_left_as_a_checkpoint_with_its_head(workdir, tmp_path, augment):
+    judged = subject.Subject(workdir, "target_encoder", settings(linear__augment=augment), baselines=False)
+    rows = methods.METHODS["linear"].judge(judged, epath.Path(tmp_path) / "probe.linear.json")
+    left = pretrained.load(epath.Path(tmp_path) / "probe.linear", ("target_encoder", "head"))
+    assert left.classes == tuple(judged.train.source.classes) and left.image_size == 8
+    images, labels = next(pipeline.ordered_batches(judged.test, size=150, crop_fraction=1.0))
+    pooled = reference_features(left.params["target_encoder"], images, judged.data)[-1]
+    right = (pooled @ left.params["head"]["kernel"] + left.params["head"]["bias"]).argmax(axis=1) == labels
+    assert abs(right.mean() - rows["checkpoint"]["all"]["last 1 layers"]["test"]) < 0.01
+
+
 def test_augmented_linear_probe(workdir):
     judged = subject.Subject(workdir, "encoder", settings(linear__augment=True, views__flip=0.0), baselines=True)
     rows = methods.METHODS["linear"].judge(judged, workdir / "unused.json")

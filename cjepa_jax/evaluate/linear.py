@@ -140,6 +140,13 @@ def predict(probe: Probe, features: jax.Array) -> jax.Array:
     return _logits(probe.params, normalised).argmax(axis=-1)
 
 
+def fold(probe: Probe, member: int) -> dict[str, np.ndarray]:
+    """One classifier with its batch norm in it, for features as they come: kernel [D, C], bias [C]."""
+    norm, params = jax.device_get((probe.norm, probe.params))
+    kernel = params["kernel"][member] / np.sqrt(norm.squares / norm.images + EPS)[:, None]
+    return {"kernel": kernel, "bias": params["bias"][member] - norm.mean @ kernel}
+
+
 def accuracies(probe: Probe, test: Labelled, *, mesh: jax.sharding.Mesh) -> np.ndarray:
     """Share of the test images that each member gets right, [G]; the devices share the images."""
     right = np.zeros(len(probe.params["bias"]), int)

@@ -99,6 +99,11 @@ def _linear(subject: Subject, path: epath.Path) -> Rows:
         probes = fit(cached(train), {key: (rates[[i]], decays[[i]]) for key, i in best.items()})
         tested = {key: linear.accuracies(probes[key], test[key], mesh=mesh)[0] for key in keys}
 
+    if 1 in depths and subject.data.image_size == subject.networks.image_size:  # else positions were interpolated
+        key = f"{CHECKPOINT}, 1"
+        head = linear.fold(probes[key], best[key] if options.augment else 0)
+        subject.save_with_head(path.with_suffix(""), head)
+
     results: Rows = {}
     for name in subject.params:
         mine = [key for key in keys if keys[key][0] == name]

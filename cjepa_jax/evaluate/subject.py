@@ -107,6 +107,17 @@ class Subject:
         """How many the labels tell apart."""
         return len(self.train.source.classes)
 
+    def save_with_head(self, path: epath.Path, head: dict[str, np.ndarray]) -> None:
+        """The encoder with a classifier on its features, as a checkpoint, in the place of one that may be there."""
+        if path.exists():
+            path.rmtree()
+        model = self.networks._replace(
+            params=self.networks.params | {"head": head},
+            classes=self.train.source.classes,
+            predictor=None,
+        )
+        pretrained.save(path, model)
+
     def check_labels(self) -> None:
         """Raises UserError where a split has no labels."""
         for key, reader in (("train_split", self.train), ("test_split", self.test)):

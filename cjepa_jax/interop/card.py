@@ -42,15 +42,19 @@ def read_run(workdir: epath.Path, *, step: int, tower: str) -> Run:
         if line["step"] <= step:
             last = (last if line["step"] == last.get("step") else {}) | line
     path = workdir / "evaluation.json"
-    # It is written at the end of a run, and about the target encoder.
-    its_own = tower == "target_encoder" and (not lines or lines[-1]["step"] <= step)
     try:
         config = json.loads((workdir / "config.json").read_text())
+        # It is written at the end of a run: about the target encoder, or by fine-tuning about both of its networks.
+        its_own = (tower == "target_encoder") == _pretrained(config) and (not lines or lines[-1]["step"] <= step)
         evaluation = json.loads(path.read_text()) if path.exists() and its_own else {}
     except ValueError as error:
         raise UserError(f"a JSON file in {workdir} is damaged ({one_line(error)})") from None
-    tables = {name: row for name, row in evaluation.items() if isinstance(row, dict)}
+    tables = {name: row for name, row in evaluation.get("results", evaluation).items() if isinstance(row, dict)}
     return Run(workdir.name, tower, config, last, tables)
+
+
+def _pretrained(config: Mapping[str, Any]) -> bool:
+    return "vicreg.weight" in config
 
 
 def readme(networks: Pretrained, run: Run) -> str:
@@ -82,7 +86,8 @@ feature of an image is their mean. Normalisation: mean {_numbers(networks.mean)}
     text += "\n## Training\n\n"
     if trained:
         method = "C-JEPA" if run.config.get("vicreg.weight") else "I-JEPA"
-        text += f"Pre-trained with {method}, self-supervised. Settings:\n\n| | |\n|---|---|\n"
+        how = f"Pre-trained with {method}, self-supervised" if _pretrained(run.config) else "Fine-tuned with labels"
+        text += f"{how}. Settings:\n\n| | |\n|---|---|\n"
         text += "".join(f"| `{key}` | {value} |\n" for key, value in settings)
     else:
         text += "The checkpoint does not say how it was trained.\n"

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cjepa_jax.config import Mesh as MeshConfig
@@ -30,7 +30,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         f"mesh.fsdp = {config.fsdp} does not divide the {len(devices)} devices",
     )
     shape = len(devices) // config.fsdp, config.fsdp
-    return jax.make_mesh(shape, (_DATA, _FSDP), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    # 4 x 16 on a torus of 8 x 8: an axis of the mesh may take a part of a physical one.
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, (_DATA, _FSDP), axis_types=(AxisType.Auto,) * 2)
 
 
 def check_batch(batch_size: int, mesh: Mesh) -> None:

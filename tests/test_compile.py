@@ -137,6 +137,21 @@ def test_every_slice_has_its_chip():
         tpu.find_slice("v4:2x2")
 
 
+def test_sixteen_shards_on_tori_of_other_sides():
+    code = """
+import os
+from cjepa_jax import compile
+os.environ.update(compile._ENVIRONMENT)
+from cjepa_jax.parsing import parse
+from configs import vith14
+config = parse(vith14.get_config().to_dict())
+for slice, chips in {"v5e:8x8": 64, "v6e:8x8": 64, "v4:4x8x8": 256, "v5p:4x4x4": 64}.items():
+    assert dict(compile._make_mesh(config, slice).shape) == {"data": chips // 16, "fsdp": 16}, slice
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_useful_flops_are_known_ones():
     """B/16 with 80 context tokens and a predictor of 6 layers; H/14 with 12."""
     config = vitb16.get_config()

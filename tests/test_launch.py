@@ -292,3 +292,4 @@ def test_notebook(tmp_path, monkeypatch):
     for name in ("curves", "masks", "neighbours"):
         assert outputs[name][-1].data["image/png"]
     assert outputs["features"][-1].data["text/plain"] == "(360, 16)"
+    assert (tmp_path / "run" / "encoder" / "model.safetensors").exists()

@@ -12,7 +12,6 @@
 Wants the TPU compiler: pip install "jax[tpu]==0.10.2". The whole step takes minutes and some GB.
 """
 
-import concurrent.futures
 import contextlib
 import importlib.metadata
 import importlib.util
@@ -91,13 +90,14 @@ def _lower_layer(
     return jitted.trace(params, x, valid, x if train else None).lower()
 
 
-def _compile(lowered: Any) -> tuple[Any, float]:
+def _compile(lowered: Any, label: str) -> tuple[Any, float]:
     """The compiled program and the seconds it took. Raises UserError where it does not fit."""
     import jax
 
     start = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        with _progress(label):
+            compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -158,8 +158,7 @@ def compile_step(config: Config, topology: str, *, images: int) -> dict[str, Any
     with jax.set_mesh(mesh):
         with _progress("tracing the training step"):
             lowered = _lower(program)
-        with _progress(f"compiling it for {topology}"):
-            compiled, seconds = _compile(lowered)
+        compiled, seconds = _compile(lowered, f"compiling it for {topology}")
     forward = flops.forward(config)
     report = {"chips": mesh.size, "epochs": config.optim.epochs, "steps": steps, "compile_seconds": seconds}
     report |= {"forward_flops_an_image": forward._asdict()} | predict.describe(compiled, chip, shape)
@@ -193,13 +192,10 @@ def compile_layers(config: Config, topology: str) -> dict[str, Any]:
             | dict(width=config.predictor.width, mlp_ratio=4),
         ),
     }
-    with jax.set_mesh(mesh):
-        lowered = {tower: _lower_layer(config, mesh, **layer) for tower, (_, layer) in towers.items()}
-    with concurrent.futures.ThreadPoolExecutor() as pool, _progress(f"compiling {len(towers)} layers for {topology}"):
-        programs = dict(zip(lowered, pool.map(_compile, lowered.values()), strict=True))
     report: dict[str, Any] = {}
     for tower, (depth, layer) in towers.items():
-        compiled, seconds = programs[tower]
+        with jax.set_mesh(mesh):
+            compiled, seconds = _compile(_lower_layer(config, mesh, **layer), f"compiling a {tower} layer")
         useful = layer["sequences"] * flops.block(layer["tokens"], layer["width"], layer["mlp_ratio"]) / mesh.size
         useful *= flops.BACKWARD if layer["train"] else 1
         report[tower] = layer | {"depth": depth, "useful_flops": useful, "compile_seconds": seconds}

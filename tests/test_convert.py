@@ -18,8 +18,8 @@ from PIL import Image
 
 from cjepa_jax import pretrained
 from cjepa_jax.config import Model, Predictor, UserError
-from cjepa_jax.convert import convert
 from cjepa_jax.interop import formats
+from cjepa_jax.interop.conversion import convert
 from cjepa_jax.interop.tensors import Given
 from cjepa_jax.masking import Masks
 from cjepa_jax.models.predictor import build_predictor
@@ -625,7 +625,7 @@ def test_the_readmes_lines_of_pytorch(odd, tmp_path, monkeypatch):
 
 MEMORY = """
 import pathlib, re, sys
-from cjepa_jax import convert
+from cjepa_jax.interop import conversion
 from cjepa_jax.interop import formats, tensors
 if "pth" in "".join(sys.argv):
     import torch
@@ -634,7 +634,7 @@ def peak():  # in KiB; getrusage would begin with the peak of the process that s
     return int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text()).group(1))
 
 before = peak()
-convert.convert(*sys.argv[1:], tower=None, force=False, given=tensors.Given())
+conversion.convert(*sys.argv[1:], tower=None, force=False, given=tensors.Given())
 print((peak() - before) * 1024)
 """
 

@@ -109,7 +109,7 @@ def test_damaged_checkpoints(trained, tmp_path):
 def test_the_command_takes_init(trained, tmp_path):
     damaged = tmp_path / "damaged"
     pretrained.save(epath.Path(damaged), pretrained.load(trained[0], ALL))
-    for file in (damaged / "checkpoints" / "4" / "state" / "d").iterdir():
+    for file in (damaged / "checkpoints" / "4" / "state").rglob("[0-9]*"):
         file.write_bytes(b"")
     command = [sys.executable, "-m", "cjepa_jax.main", "--config=configs/digits.py", f"--workdir={tmp_path / 'run'}"]
     done = subprocess.run([*command, f"--init={damaged}"], capture_output=True, text=True)

@@ -1,15 +1,25 @@
 PYTHON ?= python3
 
-.PHONY: demo test
+.PHONY: demo check test
+
+# The files of `make check`: the mathematics, settings and rooms; none starts a process or takes long to compile.
+MATH = $(addprefix tests/test_,$(addsuffix .py,losses masking mixing optimizer evaluate_math diagnostics \
+	attention tracking randaugment hlo settings methods rooms))
 
 demo: .venv/installed
 	.venv/bin/python -m cjepa_jax.main --config=configs/digits.py
+
+check: .venv/installed-test
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/python -m pytest -q -m "not slow" -n 2 --dist loadfile $(MATH)
 
 test: .venv/installed-test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	.venv/bin/python -m pytest -m "not slow" -n 2 --dist loadfile
+	.venv/bin/python -m pytest -m "not slow" -n 2 --dist loadfile --durations=15
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

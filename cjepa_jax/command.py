@@ -1,32 +1,92 @@
-"""What the commands share: a config from the command line, and one line for a mistake."""
+"""What the commands share: settings from a file and the command line, exit codes, and one line for a mistake."""
 
+import importlib.util
+import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from absl import flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_dict, config_flags
 
-from cjepa_jax.config import Config, UserError, one_line, require
-from cjepa_jax.parsing import parse
+from cjepa_jax import settings
+from cjepa_jax.errors import UserError, nearest, one_line, require
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="The experiment, e.g. configs/digits.py.")
+_CONFIG = flags.DEFINE_string("config", None, "The experiment, e.g. configs/digits.py.")
+_OVERRIDE = re.compile(r"--?(no)?config\.([\w.]+)(=.*)?", re.DOTALL)
+_overrides: list[str] = []  # --config.GROUP.KEY=VALUE, as given
 
 
-def read_config(cls: Any = Config) -> tuple[str, Any]:
-    """The name of --config's file, without .py, and what it describes, a `cls`, with the overrides applied.
+def read_config(find_class: Callable[[Mapping[str, Any]], type], *, default: str | None = None) -> tuple[str, Any]:
+    """Reads --config's file, completes it with defaults, and applies the overrides of the command line.
 
-    Raises UserError.
+    find_class: the dataclass of settings that a file's nested settings describe. default: the file where none is
+    given. Returns the file's name without .py, and the settings. Raises UserError.
     """
-    require(_CONFIG.value is not None, "--config is missing, e.g. --config=configs/digits.py")
-    path = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]))
-    require(
-        path.is_file(),
-        f"--config {path} does not exist; known: {', '.join(map(str, sorted(pathlib.Path('configs').glob('*.py'))))}",
-    )
-    return path.stem, parse(_CONFIG.value.to_dict(), cls)
+    file = _CONFIG.value or default
+    require(file is not None, "--config is missing, e.g. --config=configs/digits.py")
+    path = pathlib.Path(str(file))
+    known = ", ".join(map(str, sorted(pathlib.Path("configs").glob("*.py"))))
+    require(path.is_file(), f"--config {path} does not exist; known: {known}")
+    values = _load(path)
+    for override in _overrides:  # a method may be chosen on the command line
+        if override.startswith("--config.method="):
+            values["method"] = override.partition("=")[2]
+    cls = find_class(values)
+    _override(values, cls)
+    parsed: Any = settings.parse(values, cls)
+    if _help_is_wanted():
+        print(settings.describe(cls, settings.flatten(parsed)))
+        sys.exit(0)
+    return path.stem, parsed
+
+
+def _load(path: pathlib.Path) -> dict[str, Any]:
+    """Calls the get_config() of a Python file; other configs can be imported there as `from configs import ...`."""
+    folder = str(path.resolve().parents[1])
+    sys.path.insert(0, folder)
+    try:
+        spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(folder)
+    require(hasattr(module, "get_config"), f"--config {path} has no function get_config()")
+    config = module.get_config()
+    return dict(config.to_dict() if isinstance(config, ConfigDict) else config)
+
+
+def _override(values: dict[str, Any], cls: type) -> None:
+    """Puts --config.GROUP.KEY=VALUE into nested settings of the dataclass `cls`; old keys are understood."""
+    known = {name: key for key in settings.keys(cls) for name in (key.name, key.formerly) if name}
+    nested: dict[str, Any] = {}
+    arguments = []
+    for override in _overrides:
+        match = _OVERRIDE.fullmatch(override)
+        assert match
+        negation, name, value = match.groups()
+        is_group = any(other.startswith(f"{name}.") for other in known)
+        require(not is_group, f"--config.{name} is a group of settings; name one of them")
+        require(name in known, f"--config has no such setting: {name}; {nearest(name, known)}")
+        key = known[name]
+        if name != key.name:
+            print(f"--config.{name} is called --config.{key.name} now", file=sys.stderr)
+        place, _, last = key.name.rpartition(".")
+        holder = nested.setdefault(place, {}) if place else nested
+        holder[last] = config_dict.placeholder(settings.plain_type(key.hint))
+        arguments.append(f"--{negation or ''}config.{key.name}{value or ''}")
+    overridden, found = ConfigDict(nested), flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", overridden, flag_values=found, sys_argv=["", *arguments])
+    try:
+        found(["", *arguments])
+    except (flags.Error, ValueError, TypeError) as error:
+        raise UserError(one_line(error)) from None
+    for name, value in overridden.to_dict().items():
+        merged = isinstance(value, dict) and isinstance(values.get(name), Mapping)
+        values[name] = {**values[name], **value} if merged else value
 
 
 class TrainingFlags:
@@ -42,10 +102,10 @@ class TrainingFlags:
         self._timeout = flags.DEFINE_integer("start_timeout", 300, "Seconds to wait for one another.", lower_bound=1)
 
     def start(self, name: str) -> str:
-        """Connects the processes; the workdir for a config file of this name. Raises UserError."""
-        from cjepa_jax import hosts  # after the flags: importing jax takes seconds
+        """Connects the processes; returns the workdir for a config file of this name. Raises UserError."""
+        from cjepa_jax.train import distributed  # after the flags: importing jax takes seconds
 
-        hosts.start(self._coordinator.value, self._processes.value, self._process.value, self._timeout.value)
+        distributed.start(self._coordinator.value, self._processes.value, self._process.value, self._timeout.value)
         workdir = self._workdir.value
         if workdir is None:
             workdir = f"runs/{name}"
@@ -54,15 +114,15 @@ class TrainingFlags:
         return workdir
 
 
-def run(body: Callable[[], None], doc: str, *, config: str | None = None) -> None:
-    """Parses the flags and runs the body. Exit code 0; 2 after a mistake that the user can mend; 1 after other errors.
+def run(body: Callable[[], None], doc: str) -> None:
+    """Parses the flags and runs the body; `doc` is what --help prints.
 
-    doc: what --help prints. config: the --config of a command line that names none.
+    Exit code 0; 2 after a mistake that the user can mend; 1 after other errors.
     """
+    # What is compiled is kept for the next start; jax reads this when it is imported, which is later.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/cjepa_jax/xla"))
     try:
         logging.set_verbosity("error")  # TFDS' and Orbax' chatter
-        if config and not any(re.match("--?config(=|$)", argument) for argument in sys.argv):
-            sys.argv.insert(1, f"--config={config}")
         _parse_flags(sys.argv, doc)
         body()
     except UserError as error:
@@ -70,16 +130,21 @@ def run(body: Callable[[], None], doc: str, *, config: str | None = None) -> Non
         sys.exit(2)
 
 
+def _help_is_wanted() -> bool:
+    return any(re.fullmatch("--?(help|helpshort|helpfull)", argument) for argument in sys.argv[1:])
+
+
 def _parse_flags(argv: list[str], doc: str) -> None:
-    """Flags as absl reads them; a mistake in them is one line."""
-    if any(re.fullmatch("--?(help|helpshort)", argument) for argument in argv):
+    """Parses flags as absl does, but for the overrides of settings; a mistake is one line."""
+    _overrides[:] = [argument for argument in argv[1:] if _OVERRIDE.fullmatch(argument)]
+    names_config = any(re.match("--?config(=|$)", argument) for argument in argv[1:])
+    if _help_is_wanted() and not names_config:
         print(doc.strip())
         sys.exit(0)
+    left = [argument for argument in argv if not _OVERRIDE.fullmatch(argument)]
+    left = [argument for argument in left if not re.fullmatch("--?(help|helpshort|helpfull)", argument)]
     try:
-        rest = flags.FLAGS(argv)[1:]
-    except (AttributeError, KeyError) as error:  # ml_collections' way to say that the config lacks a key
-        reason = str(error).replace("\\n", "\n").replace("\\'", "'").split("\n")[-1].strip("'\"")
-        raise UserError(f"--config has no such setting: {reason}") from None
+        rest = flags.FLAGS(left)[1:]
     except (flags.Error, OSError) as error:
         raise UserError(one_line(error)) from None
     require(not rest, f"unexpected argument {rest[0] if rest else ''!r}; --help explains the command")

@@ -1,21 +1,21 @@
-"""Checkpoints to PyTorch and back.
+"""Convert checkpoints to PyTorch and back.
 
     python -m cjepa_jax.convert --input=PATH --output=PATH --format=orbax|ijepa|timm|transformers
 
---input=PATH              of any of these kinds, which is recognised
---output=PATH             a new folder (orbax, transformers) or file (ijepa, timm)
---format=orbax            for cjepa_jax itself: evaluation, fine-tuning, and --init of pre-training
---format=ijepa            a .pth.tar as I-JEPA's release reads it; needs PyTorch, the others do not
---format=timm             a .safetensors for timm.create_model(..., checkpoint_path=PATH)
---format=transformers     a folder for IJepaModel.from_pretrained
---tower=target_encoder    which encoder goes into timm and transformers; or encoder, the context encoder; of a
-                          fine-tuned network encoder, which is the default there, or ema_encoder, its average
+--input=PATH              names a checkpoint of any of these formats; the command recognises which
+--output=PATH             names a new folder (orbax, transformers) or file (ijepa, timm)
+--format=orbax            writes what cjepa_jax evaluates, fine-tunes, and starts new runs from by --init
+--format=ijepa            writes a .pth.tar as I-JEPA's release reads it; needs PyTorch, the others do not
+--format=timm             writes a .safetensors file for timm.create_model(..., checkpoint_path=PATH)
+--format=transformers     writes a folder for IJepaModel.from_pretrained
+--encoder=target_encoder  chooses the encoder that goes into timm and transformers; encoder is the context encoder;
+                          a fine-tuned network has encoder, which is the default there, and ema_encoder, its average
 --force                   replaces an output that exists
 
-What an input may leave open:
+These flags say what an input may leave open:
 
---num-heads=N             by default the size table's, by the width (Ti 3, S 6, B 12, L, H and g 16)
---mean=X,X,X --std=X,X,X  of the images, in [0, 1]; by default ImageNet's
+--num-heads=N             attention heads; by default the size table's for the width (Ti 3, S 6, B 12, L, H and g 16)
+--mean=X,X,X --std=X,X,X  of the images' values in [0, 1]; by default ImageNet's
 
 Nothing is written unless all names and shapes are right.
 """
@@ -25,19 +25,23 @@ import os
 from absl import flags
 
 from cjepa_jax import command
-from cjepa_jax.config import UserError, require
+from cjepa_jax.errors import UserError, require
 
 FORMATS = ("orbax", "ijepa", "timm", "transformers")
-_INPUT = flags.DEFINE_string("input", None, "The checkpoint.")
-_OUTPUT = flags.DEFINE_string("output", None, "Where the converted one goes.")
-_FORMAT = flags.DEFINE_enum("format", None, FORMATS, "Of the output.")
-_TOWER = flags.DEFINE_enum(
-    "tower", None, ("target_encoder", "encoder", "ema_encoder"), "Which encoder, where there is one only."
+_INPUT = flags.DEFINE_string("input", None, "The checkpoint to convert.")
+_OUTPUT = flags.DEFINE_string("output", None, "Where the converted checkpoint goes.")
+_FORMAT = flags.DEFINE_enum("format", None, FORMATS, "The format of the output.")
+_ENCODER = flags.DEFINE_enum(
+    "encoder",
+    None,
+    ("target_encoder", "encoder", "ema_encoder"),
+    "The encoder that goes into a format with room for one.",
 )
-_FORCE = flags.DEFINE_bool("force", False, "Replaces an output that exists.")
-_HEADS = flags.DEFINE_integer("num-heads", None, "Of the input's attention.", lower_bound=1)
-_MEAN = flags.DEFINE_list("mean", None, "Of the images.")
-_STD = flags.DEFINE_list("std", None, "Of the images.")
+flags.DEFINE_alias("tower", "encoder")  # its former name
+_FORCE = flags.DEFINE_bool("force", False, "Replace an output that exists.")
+_HEADS = flags.DEFINE_integer("num-heads", None, "Attention heads of the input.", lower_bound=1)
+_MEAN = flags.DEFINE_list("mean", None, "Mean of the images, per channel.")
+_STD = flags.DEFINE_list("std", None, "Standard deviation of the images, per channel.")
 flags.DEFINE_alias("num_heads", "num-heads")
 
 
@@ -52,17 +56,17 @@ def _run() -> None:
     source, output, kind = _INPUT.value or "", _OUTPUT.value or "", _FORMAT.value or ""
     for flag, value in (("input", source), ("output", output), ("format", kind)):
         require(bool(value), f"--{flag} is missing; --help explains the command")
-    # Nothing is computed, so an accelerator would only be taken from others. Before jax is imported.
+    # Nothing is computed, so an accelerator would only be taken from others. This must precede the import of jax.
     os.environ["JAX_PLATFORMS"] = "cpu"
     from cjepa_jax.interop.conversion import convert
-    from cjepa_jax.interop.tensors import Given
+    from cjepa_jax.interop.tensors import ImportOptions
 
-    given = Given(_HEADS.value, _parse_numbers("mean", _MEAN.value), _parse_numbers("std", _STD.value))
-    print(convert(source, output, kind, tower=_TOWER.value, force=_FORCE.value, given=given))
+    options = ImportOptions(_HEADS.value, _parse_numbers("mean", _MEAN.value), _parse_numbers("std", _STD.value))
+    print(convert(source, output, kind, encoder=_ENCODER.value, force=_FORCE.value, options=options))
 
 
 def main() -> None:
-    """Exit code 0; 2 after a mistake that the user can mend; 1 after any other error."""
+    """Runs the command; exits with 0, with 2 after a mistake that the user can mend, with 1 after any other error."""
     command.run(_run, __doc__)
 
 

@@ -1,13 +1,16 @@
-"""Pre-train C-JEPA.
+"""Train: pre-training with C-JEPA or I-JEPA, fine-tuning, whatever the config's method is.
 
     python -m cjepa_jax.main --config=configs/vitb16.py
 
 --config=FILE             the experiment; its docstring says what it needs
 --workdir=DIR             where results go; default runs/<name of the config file>
 --init=DIR                starts from the networks of another checkpoint instead of
-                          random ones: a workdir, or what cjepa_jax.convert wrote
+                          random ones: a workdir, WORKDIR/checkpoints/STEP, or what
+                          cjepa_jax.convert wrote; fine-tuning wants one
 --config.GROUP.KEY=VALUE  overrides any setting, e.g. --config.data.batch_size=256,
                           --config.vicreg.projector="(2048, 2048)"
+--config=FILE --help      lists all settings of the experiment, with their meaning
+--profile=START:STOP      records a trace of these steps in WORKDIR/profile
 
 Several processes, each started with the same command, train as one. Slurm and TPU
 slices are recognised; elsewhere each process is told
@@ -17,30 +20,38 @@ slices are recognised; elsewhere each process is told
 --start_timeout=300       seconds to wait for one another
 
 The same command in the same workdir goes on from its newest checkpoint. SIGTERM
-or Ctrl-C saves and leaves. Every setting is explained in cjepa_jax/config.py.
+or Ctrl-C saves and leaves.
 
-Into the workdir: config.json, checkpoints/, metrics.jsonl, tensorboard/,
-curves.png, masks.png and, where probes run, evaluation.json.
+Into the workdir: config.json, checkpoints/, metrics.jsonl, tensorboard/, curves.png
+and, where there is something to show, masks.png and evaluation.json.
 """
 
+import re
 import sys
 
 from absl import flags
 from etils import epath
 
 from cjepa_jax import command
+from cjepa_jax.errors import require
 
 _INIT = flags.DEFINE_string("init", None, "A checkpoint whose networks to start from.")
+_PROFILE = flags.DEFINE_string("profile", None, "START:STOP, the steps to record a trace of.")
 _FLAGS = command.TrainingFlags()
+flags.DEFINE_alias("checkpoint", "init")  # its name where fine-tuning had a command of its own
 
 
 def _run() -> None:
-    from cjepa_jax import loop, train  # after the flags: importing jax takes seconds
+    from cjepa_jax.methods import find_method  # after the flags: importing jax takes seconds
+    from cjepa_jax.train import loop
 
-    name, config = command.read_config()
+    steps = re.fullmatch(r"(\d+):(\d+)", _PROFILE.value or "0:0")
+    require(bool(steps), f"--profile={_PROFILE.value} must be START:STOP, two step numbers")
+    profile = (int(steps[1]), int(steps[2])) if _PROFILE.value and steps else None
+    name, config = command.read_config(lambda values: find_method(values).settings)
     workdir = _FLAGS.start(name)
     try:
-        train.train(config, epath.Path(workdir), init=epath.Path(_INIT.value) if _INIT.value else None)
+        loop.train(config, epath.Path(workdir), epath.Path(_INIT.value) if _INIT.value else None, profile)
     except loop.DivergedError as error:
         sys.exit(f"error: {error}")
 

@@ -1,6 +1,7 @@
 """Pictures: the curves of a run, its masks over a few images, spectra, images side by side with maps of them."""
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,39 +10,27 @@ import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
 
-from cjepa_jax.masking import Masks
+from cjepa_jax.files import write_whole
+from cjepa_jax.models.masking import Masks
 
 matplotlib.rcParams.update({"font.size": 8, "axes.grid": True, "grid.alpha": 0.3})
 
-Panels = dict[str, list[str]]  # title -> metrics; a multiple of three of them
-
-PRETRAINING: Panels = {
-    "Loss": ["loss/total", "loss/prediction"],
-    "Regulariser's terms": ["loss/variance", "loss/invariance", "loss/covariance"],
-    "Error of the block mean": ["rep/block_mean_error"],
-    "Std over images": ["rep/std", "rep/cosine"],
-    "Effective rank": ["rep/rank"],
-    "Probes on held-out images": ["eval/knn", "eval/linear"],
-    "Learning rate": ["lr"],
-    "Weight decay": ["weight_decay"],
-    "EMA momentum": ["ema_momentum"],
-}
-
-FINETUNING: Panels = {
-    "Loss, of mixed images": ["loss/total"],
-    "Top 1 on held-out images": ["eval/top1", "eval/ema_top1"],
-    "Top 5 on held-out images": ["eval/top5", "eval/ema_top5"],
-    "Learning rate": ["lr"],
-    "Norm of the gradient": ["grad_norm"],
-    "EMA momentum": ["ema_momentum"],
+_COMMON = {  # title of a panel -> metrics, after those of the method
+    "Learning rate": ("lr",),
+    "Norm of the gradient": ("grad_norm",),
+    "EMA momentum": ("ema_momentum",),
 }
 
 
-def curves(lines: list[dict[str, Any]], path: epath.Path, panels: Panels) -> None:
-    """Metrics of `metrics.jsonl` against the step."""
-    rows = len(panels) // 3
+def curves(lines: list[dict[str, Any]], path: epath.Path, panels: Mapping[str, Sequence[str]]) -> None:
+    """Draws metrics of `metrics.jsonl` against the step; `panels` are a method's, by their titles."""
+    panels = {**panels, **_COMMON}
+    rows = math.ceil(len(panels) / 3)
     figure = Figure(figsize=(11, 2.5 * rows), layout="constrained")
-    for axes, (title, names) in zip(figure.subplots(rows, 3).flat, panels.items(), strict=True):
+    grid = figure.subplots(rows, 3).flat
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (title, names) in zip(grid, panels.items(), strict=False):
         for name in names:
             points = [(line["step"], line[name]) for line in lines if name in line]
             axes.plot(
@@ -76,7 +65,7 @@ def masks(images: np.ndarray, sampled: Masks, path: epath.Path, *, grid: int) ->
 
 
 def spectra(found: Mapping[str, np.ndarray], path: epath.Path) -> None:
-    """Name -> standard deviations along the principal axes, relative to the largest."""
+    """Draws standard deviations along the principal axes, relative to the largest, by the encoder's name."""
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     axes = figure.subplots()
     for name, values in found.items():
@@ -119,4 +108,4 @@ def _members(idx: Any, valid: Any, grid: int) -> np.ndarray:
 def _save(figure: Figure, path: epath.Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=120)
-    path.write_bytes(buffer.getvalue())
+    write_whole(path, buffer.getvalue())

@@ -10,23 +10,26 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from cjepa_jax.checkpoint import absolute, quiet_on_error, write_whole
-from cjepa_jax.config import Model, Predictor, UserError, one_line, require
-from cjepa_jax.masking import Masks
-from cjepa_jax.models.predictor import build_predictor
+from cjepa_jax.config import Model
+from cjepa_jax.errors import UserError, one_line, require
+from cjepa_jax.files import absolute, write_whole
+from cjepa_jax.models.masking import Masks
+from cjepa_jax.models.predictor import PredictorConfig, build_predictor
 from cjepa_jax.models.vit import build_encoder
-from cjepa_jax.parsing import group
+from cjepa_jax.settings import parse_flat
+from cjepa_jax.train.checkpoint import quiet_on_error
 
-# Where a checkpoint's state holds each of them.
-TOWERS = {
-    "encoder": ("params", "encoder"),
-    "predictor": ("params", "predictor"),
-    "projector": ("params", "projector"),
-    "head": ("params", "head"),
-    "target_encoder": ("target_params",),
-    "ema_encoder": ("ema_params", "encoder"),  # of a fine-tuned network, as its head
-    "ema_head": ("ema_params", "head"),
+# Where a checkpoint's state holds each network: now, and in checkpoints written before states had "averages".
+NETWORKS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "encoder": (("params", "encoder"),),
+    "predictor": (("params", "predictor"),),
+    "projector": (("params", "projector"),),
+    "head": (("params", "head"),),
+    "target_encoder": (("averages", "target_encoder"), ("target_params",)),
+    "ema_encoder": (("averages", "ema_encoder"), ("ema_params", "encoder")),  # of a fine-tuned network
+    "ema_head": (("averages", "ema_head"), ("ema_params", "head")),
 }
+_ESSENTIAL = ("model.size", "model.patch_size", "model.init", "data.image_size", "data.mean", "data.std")
 ENCODERS = ("target_encoder", "encoder")  # the first is what features are taken from
 
 
@@ -34,55 +37,61 @@ class Pretrained(NamedTuple):
     """Networks, and what it takes to run them."""
 
     model: Model
-    predictor: Predictor | None  # its width and depth, where the checkpoint has one
+    predictor: PredictorConfig | None  # its width and depth, where the checkpoint has one
     image_size: int  # pixels a side, in training
     mean: tuple[float, ...]  # per channel, of values in [0, 1]
     std: tuple[float, ...]
     step: int
-    params: dict[str, Any]  # tower -> its parameters, NumPy arrays
+    params: dict[str, Any]  # name of a network -> its parameters, NumPy arrays
     classes: tuple[str, ...] = ()  # of the head, where they have names
     epoch: int = 0  # of an imported checkpoint, which does not know its step
 
 
-def load(path: epath.Path, towers: Sequence[str]) -> Pretrained:
-    """The towers (keys of TOWERS) of a workdir's newest checkpoint, or of the given one, WORKDIR/checkpoints/STEP.
+def load(path: epath.Path, names: Sequence[str]) -> Pretrained:
+    """Loads networks (keys of NETWORKS) of a workdir's newest checkpoint, or of the one at WORKDIR/checkpoints/STEP.
 
-    Nothing else is read, and no device is touched. Raises UserError for a path
-    that is no checkpoint, one that cannot be read, and a tower that it lacks.
+    Nothing else is read, and no device is touched. Raises UserError for a path that is no checkpoint, one that cannot
+    be read, and a network that it lacks.
     """
     workdir, state = _find(path)
-    config = _read_config(workdir / "config.json")
+    file = workdir / "config.json"
+    config = _read_config(file)
+    for key in _ESSENTIAL:  # they were always there, so no default stands for what was meant
+        require(key in config, f"{file} is damaged: {key} is missing")
     with _reading(state):
         tree = _metadata(state)
-        item = _nest(tree["step"], {tower: _part(tree, tower, state) for tower in towers})
+        places = {name: _place(tree, name, state) for name in names}
+        item = _nest(tree["step"], {place: _part(tree, place) for place in places.values()})
         item = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), item)
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
         arguments = ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True)
         restored = ocp.PyTreeCheckpointer().restore(state, args=arguments)
     return Pretrained(
-        model=group(Model, config, "model"),
-        predictor=group(Predictor, config, "predictor") if "predictor.width" in config else None,
+        model=parse_flat(config, Model, "model."),
+        predictor=parse_flat(config, PredictorConfig, "predictor.") if "predictor.width" in config else None,
         image_size=config["data.image_size"],
         mean=tuple(config["data.mean"]),
         std=tuple(config["data.std"]),
         step=int(restored["step"]),
-        params={tower: _part(restored, tower, state) for tower in towers},
+        params={name: _part(restored, place) for name, place in places.items()},
         classes=tuple(config.get("classes", ())),
         epoch=config.get("epoch", 0),
     )
 
 
 def available(path: epath.Path) -> tuple[str, ...]:
-    """The towers that `load` can give, those without parameters left out. Raises UserError as `load` does."""
+    """Lists the networks that `load` can give and that have parameters. Raises UserError as `load` does."""
     _, state = _find(path)
     with _reading(state):
         tree = _metadata(state)
-    return tuple(tower for tower in TOWERS if jax.tree.leaves(_part(tree, tower)))
+    places = {name: _place(tree, name) for name in NETWORKS}
+    return tuple(name for name, place in places.items() if place and jax.tree.leaves(_part(tree, place)))
 
 
 def save(workdir: epath.Path, pretrained: Pretrained) -> None:
     """Writes what `load` reads; `workdir` must not exist yet. Needs about 1.3 times the memory of the parameters."""
-    state = _nest(np.asarray(pretrained.step, np.int32), pretrained.params)
+    parts = {NETWORKS[name][0]: params for name, params in pretrained.params.items()}
+    state = _nest(np.asarray(pretrained.step, np.int32), parts)
     # Without OCDBT, which would collect everything in memory once more.
     ocp.PyTreeCheckpointer(use_ocdbt=False).save(
         absolute(workdir) / "checkpoints" / str(pretrained.step) / "state", state
@@ -97,7 +106,7 @@ def save(workdir: epath.Path, pretrained: Pretrained) -> None:
 
 
 def shapes(networks: Pretrained, *, classes: int) -> dict[str, Any]:
-    """The parameters that the settings call for, as shapes and dtypes, by tower; those in `networks` do not count."""
+    """The parameters that the settings call for, as shapes and dtypes, by network; those in `networks` do not count."""
     model, grid = networks.model, networks.image_size // networks.model.patch_size
     key = jax.eval_shape(lambda: jax.random.key(0))
     patches = jax.ShapeDtypeStruct((1, grid**2, model.patch_size**2 * len(networks.mean)), np.float32)
@@ -128,7 +137,7 @@ def check(found: Any, wanted: Any, what: str) -> None:
 
 
 def mismatches(found: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]]) -> list[str]:
-    """Names and shapes, two times -> what is wrong with the first, an entry a name, in the order of the names."""
+    """Lists by name what is wrong with the names and shapes in `found`, against those in `wanted`."""
     wrong = [f"{name} is missing" for name in wanted.keys() - found.keys()]
     wrong += [f"{name} is not wanted" for name in found.keys() - wanted.keys()]
     both = found.keys() & wanted.keys()
@@ -164,11 +173,11 @@ def _read_config(file: epath.Path) -> dict[str, Any]:
     return dict(config)
 
 
-def _nest(step: Any, parts: dict[str, Any]) -> dict[str, Any]:
-    """The parts of each tower where a checkpoint's state holds them."""
+def _nest(step: Any, parts: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    """Builds a state that holds each part at its place."""
     state = {"step": step}
-    for tower, part in parts.items():
-        *above, last = TOWERS[tower]
+    for place, part in parts.items():
+        *above, last = place
         parent = state
         for key in above:
             parent = parent.setdefault(key, {})
@@ -176,12 +185,20 @@ def _nest(step: Any, parts: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def _part(tree: Any, tower: str, state: epath.Path | None = None) -> Any:
-    """One tower of a state; where it lacks it, UserError about the folder of the state, or None without one."""
-    for key in TOWERS[tower]:
-        if key not in tree:
-            require(state is None, f"checkpoint {state and state.parent} has no {tower}")
-            return None
+def _place(tree: Any, name: str, state: epath.Path | None = None) -> tuple[str, ...]:
+    """Finds a network in a state; where it is lacking, raises UserError about the state's folder, or gives ()."""
+    for place in NETWORKS[name]:
+        inside = tree
+        for key in place:
+            inside = inside.get(key) if isinstance(inside, Mapping) else None
+        if inside is not None:
+            return place
+    require(state is None, f"checkpoint {state and state.parent} has no {name}")
+    return ()
+
+
+def _part(tree: Any, place: Sequence[str]) -> Any:
+    for key in place:
         tree = tree[key]
     return tree
 

@@ -9,27 +9,30 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import pytest
-from ml_collections import ConfigDict
 
-from cjepa_jax.config import Config
-from cjepa_jax.parsing import parse
+from cjepa_jax.methods.cjepa import CJEPAConfig
+from cjepa_jax.settings import parse
 from configs import digits
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_addoption(parser):
     parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden from what the code gives now")
 
 
-def small(**overrides) -> Config:
+def small(**overrides) -> CJEPAConfig:
     """configs/digits.py with a smaller network, and overrides as `group__key=value`."""
-    config = digits.get_config()
-    config.model.size, config.predictor.width, config.predictor.depth = "16x1x2", 8, 1
-    config.data.batch_size, config.eval.every = 16, 0
-    with config.ignore_type():
-        config.update_from_flattened_dict({key.replace("__", "."): value for key, value in overrides.items()})
-    return parse(ConfigDict(config).to_dict())
+    values = digits.get_config().to_dict()
+    small = {"model__size": "16x1x2", "predictor__width": 8, "predictor__depth": 1, "data__batch_size": 16}
+    for name, value in (small | {"eval__every": 0} | overrides).items():
+        *above, last = name.split("__")
+        place = values
+        for key in above:
+            place = place.setdefault(key, {})
+        place[last] = value
+    return parse(values, CJEPAConfig)
 
 
 @pytest.fixture

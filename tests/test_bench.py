@@ -1,15 +1,17 @@
-"""The benchmarks run, on little; their numbers belong to nobody's test."""
+"""Runs the benchmarks on little input; no test judges the numbers."""
 
 import pathlib
 import re
+import sys
 
 import pytest
 import sklearn.datasets
+from absl.testing import flagsaver
 from PIL import Image
 
 from cjepa_jax.bench import input as bench
 from cjepa_jax.bench import linear as bench_linear
-from cjepa_jax.config import UserError
+from cjepa_jax.errors import UserError
 
 CHINA = pathlib.Path(sklearn.datasets.__file__).parent / "images" / "china.jpg"
 
@@ -19,7 +21,7 @@ def test_input_measures_every_way(tmp_path):
     for i in range(70):
         photo.crop((4 * i, 2 * i, 4 * i + 300, 2 * i + 200)).save(tmp_path / f"{i}.jpg")
     said = bench.measure(str(tmp_path), size=64, count=64, short_side=100, rounds=1)
-    assert said.startswith("64 images a round, of 64, 1 rounds, crops of 64 pixels")
+    assert said.startswith("64 images per round, of 64, 1 rounds, crops of 64 pixels")
     for row in (
         "torchvision",
         "files, loop",
@@ -40,3 +42,37 @@ def test_input_needs_images(tmp_path):
 def test_linear_measures_both_ways():
     said = bench_linear.measure(images=64, width=8, classes=3, members=2, batch_size=32, rounds=1)
     assert re.search(r"^one by one +\d+ ms an epoch\n\d+\.\d times as fast in the median", said, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"),
+    [
+        (bench, [], "--images is missing"),
+        (bench, ["--images=/none"], "/none does not exist"),
+        (bench, ["--images=/none", "--rounds=0"], "--rounds"),
+        (bench_linear, ["--batch-size=x"], "--batch-size"),
+        (bench_linear, ["--size=3"], "'size'"),
+    ],
+)
+def test_mistakes_are_one_line(module, arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments])
+    with flagsaver.flagsaver(), pytest.raises(SystemExit) as stop:
+        module.main()
+    shown = capsys.readouterr().err
+    assert stop.value.code == 2 and shown.startswith("error: ") and shown.count("\n") == 1 and message in shown
+
+
+def test_the_command_takes_its_flags(monkeypatch, capsys):
+    flags = ["--images=64", "--width=8", "--classes=3", "--members=2", "--batch_size=32", "--rounds=1"]
+    monkeypatch.setattr(sys, "argv", ["bench", *flags])
+    with flagsaver.flagsaver():
+        bench_linear.main()
+    assert capsys.readouterr().out.startswith("2 members, 64 images of 8 features, 3 classes, batches of 32, ")
+
+
+@pytest.mark.parametrize("module", [bench, bench_linear])
+def test_help_is_the_docstring(module, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench", "--help"])
+    with flagsaver.flagsaver(), pytest.raises(SystemExit) as stop:
+        module.main()
+    assert not stop.value.code and capsys.readouterr().out == module.__doc__.strip() + "\n"

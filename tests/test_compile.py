@@ -10,18 +10,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from cjepa_jax import compile as command
-from cjepa_jax import flops, predict, tpu
-from cjepa_jax.config import UserError
-from cjepa_jax.masking import Masks, target_tokens
-from cjepa_jax.models.predictor import build_predictor
-from cjepa_jax.models.vit import build_encoder
-from cjepa_jax.parsing import parse
+from cjepa_jax.errors import UserError
+from cjepa_jax.methods import CJEPA
+from cjepa_jax.models.masking import Masks, target_tokens
+from cjepa_jax.settings import parse
+from cjepa_jax.tpu import chips, cost, flops
+from cjepa_jax.tpu.compile import does_not_fit
 from configs import vitb16, vith14, vitti16
 
 
 def run(*arguments: str, before: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own, without what conftest.py sets for XLA on CPU."""
+    """Runs the command in a process of its own, without what conftest.py sets for XLA on CPU."""
     unset = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS", "JAX_PLATFORMS")
     environment = {key: value for key, value in os.environ.items() if key not in unset} | variables
     module = (
@@ -52,9 +51,9 @@ def test_layers_compile_within_their_budget(tmp_path):
     gradients = sum(c["operand_bytes"] for c in layers["context"]["collectives"] if c["opcode"] == "all-reduce")
     parameters = 12 * width**2 + 13 * width
     assert 2 * parameters <= gradients <= 4 * parameters  # bfloat16 where the products are, float32 in the norms
-    cycles = {tower: layer["cycles"] for tower, layer in layers.items()}
+    cycles = {name: layer["cycles"] for name, layer in layers.items()}
     budget = {"context": 693_000, "target": 575_000, "predictor": 8_100_000}
-    assert all(cycles[tower] < 1.05 * budget[tower] for tower in budget), cycles
+    assert all(cycles[name] < 1.05 * budget[name] for name in budget), cycles
 
 
 def test_ti_fits_four_v5e_chips(tmp_path):
@@ -67,7 +66,7 @@ def test_ti_fits_four_v5e_chips(tmp_path):
         "--config.model.layers=scanned",
         JAX_OPTIMIZATION_LEVEL="O1",
     )
-    assert report["chips"] == 4 and report["images_a_chip"] == 64
+    assert report["chips"] == 4 and report["images_per_chip"] == 64
     assert 2**27 < report["peak_hbm_bytes"] < 16 * 2**30
     # A scan's products are compiled once: without the turns of its loop this would be 6.
     assert 0.95 < report["useful_of_compiled_flops"] < 1.01
@@ -115,7 +114,7 @@ def test_a_missing_compiler_is_told():
     ],
 )
 def test_what_does_not_fit_says_by_how_much(message):
-    words = command.does_not_fit(f"RESOURCE_EXHAUSTED: {message}")
+    words = does_not_fit(f"RESOURCE_EXHAUSTED: {message}")
     assert "needs 18.20 GiB of HBM and has 15.75: 2.45 GiB too much" in words
     assert "data.batch_size" in words and "model.remat" in words
 
@@ -127,71 +126,74 @@ def test_a_layer_that_does_not_fit():
 
 
 def test_every_slice_has_its_chip():
-    for kind, chip in tpu.CHIPS.items():
+    for kind, chip in chips.CHIPS.items():
         for shape in chip.slices.split():
-            assert tpu.find_slice(f"{kind}:{shape}") == (chip, tuple(map(int, shape.split("x"))))
-    v5e = tpu.CHIPS["v5e"]
+            assert chips.find_slice(f"{kind}:{shape}") == (chip, tuple(map(int, shape.split("x"))))
+    v5e = chips.CHIPS["v5e"]
     # The rate of a full pod is what its specification calls all-reduce bandwidth, 51.2 TB/s.
-    assert [tpu.ici_bandwidth(v5e, shape) for shape in ((1, 1), (2, 2), (16, 16))] == [0, 100e9, 51.2e12 / 256]
+    assert [chips.ici_bandwidth(v5e, shape) for shape in ((1, 1), (2, 2), (16, 16))] == [0, 100e9, 51.2e12 / 256]
     with pytest.raises(UserError, match="2x2x1"):
-        tpu.find_slice("v4:2x2")
+        chips.find_slice("v4:2x2")
 
 
 def test_sixteen_shards_on_tori_of_other_sides():
     code = """
 import os
-from cjepa_jax import compile
-os.environ.update(compile._ENVIRONMENT)
-from cjepa_jax.parsing import parse
+from cjepa_jax import compile as command
+os.environ.update(command.ENVIRONMENT)
+from cjepa_jax.methods import CJEPA
+from cjepa_jax.settings import parse
+from cjepa_jax.tpu import compile
 from configs import vith14
-config = parse(vith14.get_config().to_dict())
+config = parse(vith14.get_config().to_dict(), CJEPA.settings)
 for slice, chips in {"v5e:8x8": 64, "v6e:8x8": 64, "v4:4x8x8": 256, "v5p:4x4x4": 64}.items():
-    assert dict(compile._make_mesh(config, slice).shape) == {"data": chips // 16, "fsdp": 16}, slice
+    assert dict(compile.make_mesh(config, slice).shape) == {"data": chips // 16, "fsdp": 16}, slice
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
+def method_of(config) -> CJEPA:
+    return CJEPA(parse(config.to_dict(), CJEPA.settings))
+
+
 def test_useful_flops_are_known_ones():
     """B/16 with 80 context tokens and a predictor of 6 layers; H/14 with 12."""
     config = vitb16.get_config()
-    config.mask.context_tokens = 80
-    forward = flops.forward(parse(config.to_dict()))
-    step = [3 * forward.context / 1e9, forward.target / 1e9, 3 * forward.predictor / 1e9]
+    config.mask = dict(context_tokens=80)
+    stacks = method_of(config).transformers()
+    context, target, predictor = (flops.forward(stacks[name]) for name in ("context", "target", "predictor"))
+    step = [3 * context / 1e9, target / 1e9, 3 * predictor / 1e9]
     assert step == pytest.approx([41.8, 34.9, 32.6], abs=0.05)
-    assert sum(step) == pytest.approx(forward.step / 1e9)
-    huge = flops.forward(parse(vith14.get_config().to_dict()))
-    assert huge.target / 1e9 == pytest.approx(333, abs=1)
+    assert sum(step) == pytest.approx(flops.step(stacks.values()) / 1e9)
+    huge = method_of(vith14.get_config()).transformers()
+    assert flops.forward(huge["target"]) / 1e9 == pytest.approx(333, abs=1)
 
 
-def test_useful_flops_are_those_of_the_towers():
-    """Against JAX' own count of the whole towers' float32 programs, which has elementwise work in it."""
+def test_useful_flops_are_those_of_the_networks():
+    """Against JAX' own count of the whole networks' float32 programs, which has elementwise work in it."""
     config = vitti16.get_config()
     config.model.dtype = "float32"
-    config = parse(config.to_dict())
-    encoder, predictor = (
-        build_encoder(config.model, grid=config.grid),
-        build_predictor(config.predictor, config.model, grid=config.grid),
-    )
-    kept, hidden, shape = config.mask.context_tokens, target_tokens(config.mask, config.grid), jax.ShapeDtypeStruct
-    blocks = config.mask.targets
+    method = method_of(config)
+    mask, grid, shape = method.config.mask, method.config.grid, jax.ShapeDtypeStruct
+    kept, hidden, blocks = mask.context_tokens, target_tokens(mask, grid), mask.targets
     masks = Masks(
         shape((1, kept), jnp.int32),
         shape((1, kept), bool),
         shape((1, blocks, hidden), jnp.int32),
         shape((1, blocks, hidden), bool),
     )
-    patches, context = shape((1, config.grid**2, 768), jnp.float32), shape((1, kept, 192), jnp.float32)
-    forward = flops.forward(config)
-    for module, inputs, expected in (
-        (encoder, (patches,), forward.target),
-        (encoder, (patches, masks.context_idx, masks.context_valid), forward.context),
-        (predictor, (context, masks), forward.predictor),
+    patches, context = shape((1, grid**2, 768), jnp.float32), shape((1, kept, 192), jnp.float32)
+    for name, module, inputs in (
+        ("target", method.encoder, (patches,)),
+        ("context", method.encoder, (patches, masks.context_idx, masks.context_valid)),
+        ("predictor", method.predictor, (context, masks)),
     ):
+        expected = flops.forward(method.transformers()[name])
         params = jax.eval_shape(functools.partial(module.init, jax.random.key(0)), *inputs)
         counted = jax.jit(module.apply).lower(params, *inputs).cost_analysis()["flops"]
-        assert expected < counted < 1.1 * expected
+        assert expected < counted < 1.1 * expected, name
 
 
 def test_the_report_says_that_it_is_a_prediction():
-    assert "Predicted, not measured" in predict.METHOD and "not costed" in predict.METHOD
+    assert "Predicted, not measured" in cost.METHOD and "not costed" in cost.METHOD

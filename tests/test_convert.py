@@ -1,4 +1,4 @@
-"""Checkpoints of other programs, read and written: against those programs themselves."""
+"""Checks conversion of checkpoints against the programs whose formats they have."""
 
 import json
 import os
@@ -17,33 +17,34 @@ from etils import epath
 from PIL import Image
 
 from cjepa_jax import pretrained
-from cjepa_jax.config import Model, Predictor, UserError
-from cjepa_jax.interop import formats
+from cjepa_jax.config import Model
+from cjepa_jax.errors import UserError
+from cjepa_jax.interop import card, formats
 from cjepa_jax.interop.conversion import convert
-from cjepa_jax.interop.tensors import Given
-from cjepa_jax.masking import Masks
-from cjepa_jax.models.predictor import build_predictor
+from cjepa_jax.interop.tensors import ImportOptions
+from cjepa_jax.models.masking import Masks
+from cjepa_jax.models.predictor import PredictorConfig, build_predictor
 from cjepa_jax.models.vit import build_encoder, parse_size, patchify
 from cjepa_jax.pretrained import Pretrained
-from cjepa_jax.train import train
+from cjepa_jax.train.loop import train
 from tests import torch_ijepa
 from tests.conftest import small
 
 ROOT = pathlib.Path(__file__).parents[1]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NAMES = {"orbax": "ours", "ijepa": "theirs.pth.tar", "timm": "timm.safetensors", "transformers": "folder"}
-ODD = "24x2x3x2.5"  # no number of it by which another could be mistaken
-PREDICTOR = Predictor(12, 2)
-TOLERANCE = 1e-4  # of the features' scale
+ODD = "24x2x3x2.5"  # no two of its numbers are equal, so none can be mistaken for another
+PREDICTOR = PredictorConfig(width=12, depth=2)
+TOLERANCE = 1e-4  # relative to the largest feature
 
 
-def to(source, output, kind, *, tower=None, force=False, **given):
-    return convert(str(source), str(output), kind, tower=tower, force=force, given=Given(**given))
+def to(source, output, kind, *, encoder=None, force=False, **options):
+    return convert(str(source), str(output), kind, encoder=encoder, force=force, options=ImportOptions(**options))
 
 
 def make_networks(size=ODD, *, image=32, patch=8, predictor=PREDICTOR, classes=0, seed=0):
-    """Random networks, nothing at its initial value; the two encoders differ."""
-    model = Model(size, patch, "normal", "float32", "unrolled", "none")
+    """Returns networks of random numbers; no parameter has its initial value, and the two encoders differ."""
+    model = Model(size=size, patch_size=patch, dtype="float32")
     networks = Pretrained(model, predictor, image, MEAN, STD, 7, {}, tuple(f"class {i}" for i in range(classes)))
     shapes = pretrained.shapes(networks, classes=classes)
     if not classes:
@@ -59,20 +60,20 @@ def make_networks(size=ODD, *, image=32, patch=8, predictor=PREDICTOR, classes=0
     return networks._replace(params={k: jax.tree_util.tree_map_with_path(value, v) for k, v in shapes.items()})
 
 
-def features_of_ours(path, images, tower="target_encoder"):
-    networks = pretrained.load(epath.Path(path), (tower,))
+def features_of_ours(path, images, network="target_encoder"):
+    networks = pretrained.load(epath.Path(path), (network,))
     encoder = build_encoder(networks.model, grid=networks.image_size // networks.model.patch_size)
-    return np.asarray(encoder.apply({"params": networks.params[tower]}, patchify(images, networks.model.patch_size)))
+    return np.asarray(encoder.apply({"params": networks.params[network]}, patchify(images, networks.model.patch_size)))
 
 
-def features_of_theirs(path, images, size, tower="target_encoder"):
+def features_of_theirs(path, images, size, network="target_encoder"):
     content = torch.load(path, weights_only=True)
     width, depth, heads, ratio = parse_size(size)
-    patch = content[tower]["patch_embed.proj.weight"].shape[-1]
+    patch = content[network]["patch_embed.proj.weight"].shape[-1]
     encoder = torch_ijepa.Encoder(
         width=width, depth=depth, heads=heads, hidden=round(width * ratio), grid=images.shape[1] // patch, patch=patch
     )
-    encoder.load_state_dict(content[tower])
+    encoder.load_state_dict(content[network])
     return run(encoder, images)
 
 
@@ -139,7 +140,7 @@ def make_images(size, seed=1):
 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory):
-    """A folder of the same networks in every format."""
+    """Makes a folder that holds the same networks in every format."""
     folder = tmp_path_factory.mktemp("odd")
     pretrained.save(epath.Path(folder / "ours"), make_networks())
     for kind, name in NAMES.items():
@@ -155,8 +156,8 @@ def odd(tmp_path_factory):
 @pytest.mark.parametrize("kind", NAMES)
 def test_every_pair_of_formats_gives_the_same_features(odd, tmp_path, source, kind):
     images = make_images(32)
-    given = {"num_heads": 3} if source == "ijepa" else {}
-    to(odd / NAMES[source], tmp_path / NAMES[kind], kind, **given)
+    options = {"num_heads": 3} if source == "ijepa" else {}
+    to(odd / NAMES[source], tmp_path / NAMES[kind], kind, **options)
     assert_close(features(kind, tmp_path / NAMES[kind], images, ODD), features_of_ours(odd / "ours", images))
 
 
@@ -175,7 +176,7 @@ def check_full_size(tmp_path, size, patch, pairs):
 
 
 def test_features_at_full_size(tmp_path):
-    """B/16; other pairs have the same files to read."""
+    """Converts a B/16 by three pairs of formats; other pairs read the same files."""
     check_full_size(tmp_path, "B", 16, [("orbax", "ijepa"), ("ijepa", "timm"), ("orbax", "transformers")])
 
 
@@ -207,22 +208,22 @@ def test_the_predictor_of_ijepa(odd):
     assert_close(np.asarray(ours), theirs)
 
 
-def test_which_tower(odd, tmp_path):
+def test_which_encoder(odd, tmp_path):
     images = make_images(32)
-    to(odd / "ours", tmp_path / "folder", "transformers", tower="encoder")
+    to(odd / "ours", tmp_path / "folder", "transformers", encoder="encoder")
     context = features_of_ours(odd / "ours", images, "encoder")
     assert_close(features_of_transformers(tmp_path / "folder", images), context)
     assert_close(features_of_theirs(odd / NAMES["ijepa"], images, ODD, "encoder"), context)
     with pytest.raises(AssertionError):
         assert_close(features_of_ours(odd / "ours", images), context)
-    with pytest.raises(UserError, match="--tower goes with timm and transformers"):
-        to(odd / "ours", tmp_path / "x", "ijepa", tower="encoder")
+    with pytest.raises(UserError, match="--encoder goes with timm and transformers"):
+        to(odd / "ours", tmp_path / "x", "ijepa", encoder="encoder")
     with pytest.raises(UserError, match="has no encoder, only target_encoder"):
-        to(odd / "folder", tmp_path / "x.safetensors", "timm", tower="encoder")
+        to(odd / "folder", tmp_path / "x.safetensors", "timm", encoder="encoder")
 
 
 def test_timm_pools_after_the_norm_as_we_do(odd):
-    """Its other models, with fc_norm, would pool first: they refuse the file."""
+    """timm's models with fc_norm would pool before the norm, and they refuse the file."""
     import timm
 
     call = to(odd / "ours", odd / "call.safetensors", "timm").splitlines()[-1]
@@ -258,8 +259,8 @@ def test_a_classifier_keeps_its_head(tmp_path):
     assert again.classes == networks.classes
 
 
-@pytest.mark.parametrize("tower", [None, "ema_encoder"])
-def test_of_a_fine_tuned_network_its_average_too(tmp_path, tower):
+@pytest.mark.parametrize("encoder", [None, "ema_encoder"])
+def test_a_fine_tuned_network_gives_its_parameters_or_their_average(tmp_path, encoder):
     networks = make_networks(predictor=None, classes=5)
     params = networks.params
     average = {"kernel": params["head"]["kernel"][::-1], "bias": params["head"]["bias"] + 1}
@@ -268,17 +269,17 @@ def test_of_a_fine_tuned_network_its_average_too(tmp_path, tower):
         "ema_head": average,
     }
     pretrained.save(epath.Path(tmp_path / "ours"), networks._replace(params=tuned))
-    to(tmp_path / "ours", tmp_path / "folder", "transformers", tower=tower)
+    to(tmp_path / "ours", tmp_path / "folder", "transformers", encoder=encoder)
     to(tmp_path / "folder", tmp_path / "again", "orbax")
     again = pretrained.load(epath.Path(tmp_path / "again"), ("target_encoder", "head")).params
-    same(again["head"], average if tower else tuned["head"])
-    same(again["target_encoder"], tuned["ema_encoder" if tower else "encoder"])
+    same(again["head"], average if encoder else tuned["head"])
+    same(again["target_encoder"], tuned["ema_encoder" if encoder else "encoder"])
     card = (tmp_path / "folder" / "README.md").read_text()
-    assert f"from the {'ema encoder' if tower else 'encoder'}" in card
+    assert f"from the {'ema encoder' if encoder else 'encoder'}" in card
 
 
 def test_images_are_prepared_as_for_evaluation(odd):
-    """A picture whose short side is what it would be resized to: crop and resize, in either order, are the crop."""
+    """Takes a picture whose short side already has the size that it would be resized to, so only the crop counts."""
     from transformers import AutoImageProcessor, pipeline
 
     side = round(32 / 0.875)
@@ -301,18 +302,18 @@ class Code:
         return os.mkdir, ("made_by_the_pickle",)
 
 
-def release(path, *, tower_prefix="module.", width=24, grid=4, **changes):
-    """A .pth.tar with all that I-JEPA's training writes, with random numbers."""
+def release(path, *, prefix="module.", width=24, grid=4, **changes):
+    """Writes a .pth.tar of random numbers with everything that I-JEPA's training saves; returns its content."""
     torch.manual_seed(0)
     sizes = {"width": width, "depth": 2, "heads": 3, "hidden": 60, "grid": grid, "patch": 8}
-    networks = {tower: torch_ijepa.Encoder(**sizes) for tower in ("encoder", "target_encoder")}
+    networks = {part: torch_ijepa.Encoder(**sizes) for part in ("encoder", "target_encoder")}
     networks["predictor"] = torch_ijepa.Predictor(features=width, width=12, depth=2, heads=3, grid=grid)
     optimizer = torch.optim.AdamW(networks["encoder"].parameters(), lr=1e-3)
     sum(p.sum() for p in networks["encoder"].parameters()).backward()
     optimizer.step()
     content = {
-        tower: {tower_prefix + name: x.clone() for name, x in network.state_dict().items()}
-        for tower, network in networks.items()
+        part: {prefix + name: x.clone() for name, x in network.state_dict().items()}
+        for part, network in networks.items()
     }
     content |= {"opt": optimizer.state_dict(), "scaler": {"scale": 65536.0, "growth_factor": 2.0, "_growth_tracker": 0}}
     content |= {"epoch": 300, "loss": 0.125, "batch_size": 128, "world_size": 16, "lr": 1e-6}
@@ -322,16 +323,16 @@ def release(path, *, tower_prefix="module.", width=24, grid=4, **changes):
 
 @pytest.mark.parametrize("prefix", ["module.", ""])
 def test_round_trip_of_a_release_bit_for_bit(tmp_path, prefix):
-    content = release(tmp_path / "in.pth.tar", tower_prefix=prefix)
+    content = release(tmp_path / "in.pth.tar", prefix=prefix)
     to(tmp_path / "in.pth.tar", tmp_path / "ours", "orbax", num_heads=3)
     to(tmp_path / "ours", tmp_path / "out.pth.tar", "ijepa")
     again = torch.load(tmp_path / "out.pth.tar", weights_only=True)
     assert again.pop("epoch") == 300
     assert again.keys() == {"encoder", "predictor", "target_encoder"}
-    for tower, tensors in again.items():
-        assert {prefix + name for name in tensors} == content[tower].keys()
+    for part, tensors in again.items():
+        assert {prefix + name for name in tensors} == content[part].keys()
         for name, x in tensors.items():
-            assert x.dtype == torch.float32 and torch.equal(x, content[tower][prefix + name]), name
+            assert x.dtype == torch.float32 and torch.equal(x, content[part][prefix + name]), name
 
 
 def test_files_of_old_pytorch(tmp_path):
@@ -354,7 +355,7 @@ def test_heads_sizes_and_images_of_an_import(tmp_path):
     release(tmp_path / "ti.pth.tar", width=192, grid=2)  # 192 wide is in the table, two blocks of 60 are not
     to(tmp_path / "ti.pth.tar", tmp_path / "ti", "orbax")
     assert pretrained.load(epath.Path(tmp_path / "ti"), ("encoder",)).model.size == "192x2x3x0.3125"
-    to(tmp_path / "ours", tmp_path / "ours.safetensors", "timm")  # it knows them, so that no flag is needed
+    to(tmp_path / "ours", tmp_path / "ours.safetensors", "timm")  # this file says the heads, so no flag is needed
     to(tmp_path / "ours.safetensors", tmp_path / "again", "orbax")
     again = pretrained.load(epath.Path(tmp_path / "again"), ("target_encoder",))
     assert (again.model.size, again.mean) == (ODD, (0.1, 0.2, 0.3))
@@ -385,12 +386,12 @@ def test_what_transformers_saves_is_read(odd, tmp_path):
     same(found.params, wanted.params)
 
 
-def refused(tmp_path, source, message, kind="timm", **given):
-    """Nothing is written."""
+def refused(tmp_path, source, message, kind="timm", **options):
+    """Checks that a conversion fails with this message in one line, and that it writes nothing; returns the message."""
     output = tmp_path / ("no.safetensors" if kind == "timm" else "no")
     before = sorted(tmp_path.iterdir())
     with pytest.raises(UserError, match=message) as error:
-        to(source, output, kind, **given)
+        to(source, output, kind, **options)
     assert sorted(tmp_path.iterdir()) == before
     assert len(str(error.value).splitlines()) == 1
     return str(error.value)
@@ -502,10 +503,10 @@ def test_an_output_is_replaced_only_by_force_and_only_by_a_whole_one(odd, tmp_pa
         monkeypatch.setitem(formats.WRITERS, kind, fail)
         for output in (path, path.with_name(f"new_{path.name}")):
             with pytest.raises(OSError, match="no space"):
-                to(odd / "ours", output, kind, tower="encoder", force=True)
+                to(odd / "ours", output, kind, encoder="encoder", force=True)
         monkeypatch.undo()
         assert (file if path == file else folder / "model.safetensors").read_bytes() == before
-        to(odd / "ours", path, kind, tower="encoder", force=True)
+        to(odd / "ours", path, kind, encoder="encoder", force=True)
         assert (file if path == file else folder / "model.safetensors").read_bytes() != before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "folder"]
     (folder / "thesis.tex").write_text("years of work")
@@ -538,7 +539,7 @@ def run_command(*arguments, **environment):
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
-    """A workdir of two steps on eight devices, each with a part of the parameters, and the state at the end."""
+    """Trains two steps on eight devices that share the parameters; returns the workdir and the last state."""
     workdir = tmp_path_factory.mktemp("runs") / "sharded"
     settings = {"model__size": "256x1x4", "predictor__width": 128, "mesh__fsdp": 8, "mesh__parameters": "zero1"}
     settings |= {"data__train_split": "train[:32]", "optim__epochs": 1.0, "optim__warmup_epochs": 0.0}
@@ -548,7 +549,7 @@ def sharded(tmp_path_factory):
 
 def test_a_sharded_checkpoint_converts_on_one_device(sharded, tmp_path):
     workdir, state = sharded
-    kernel = state.target_params["block00"]["fc1"]["kernel"]
+    kernel = state.averages["target_encoder"]["block00"]["fc1"]["kernel"]
     assert len(kernel.sharding.device_set) == 8 and not kernel.is_fully_replicated
     done = run_command(f"--input={workdir}", f"--output={tmp_path / 'a.safetensors'}", "--format=timm")
     assert (done.returncode, done.stderr) == (0, "")
@@ -558,13 +559,14 @@ def test_a_sharded_checkpoint_converts_on_one_device(sharded, tmp_path):
 
 
 def test_the_command_says_what_is_wrong(tmp_path):
-    done = run_command("--input=/nowhere", f"--output={tmp_path / 'a'}", "--format=orbax", "--num-heads=3", "--mean=x")
+    arguments = ["--input=/nowhere", f"--output={tmp_path / 'a'}", "--format=orbax", "--num-heads=3", "--mean=x"]
+    done = run_command(*arguments, "--tower=encoder")  # the former name of --encoder
     assert (done.returncode, done.stderr) == (2, "error: --mean must be numbers, such as 0.5,0.5,0.5\n")
 
 
 def test_pretraining_goes_on_from_an_import(tmp_path):
     """With a learning rate of 0 the networks stay what they were."""
-    release(tmp_path / "in.pth.tar", tower_prefix="")
+    release(tmp_path / "in.pth.tar", prefix="")
     to(tmp_path / "in.pth.tar", tmp_path / "ours", "orbax", num_heads=3)
     images = {
         f"{split}_images": np.random.default_rng(0).integers(0, 256, (32, 32, 32, 3), np.uint8)
@@ -579,8 +581,8 @@ def test_pretraining_goes_on_from_an_import(tmp_path):
     assert int(state.step) == 2
     to(tmp_path / "run", tmp_path / "out.pth.tar", "ijepa")
     before, after = (torch.load(tmp_path / name, weights_only=True) for name in ("in.pth.tar", "out.pth.tar"))
-    for tower in ("encoder", "predictor"):
-        assert all(torch.equal(x, after[tower][name]) for name, x in before[tower].items())
+    for part in ("encoder", "predictor"):
+        assert all(torch.equal(x, after[part][name]) for name, x in before[part].items())
 
 
 def test_the_card_quotes_the_run(sharded, tmp_path):
@@ -589,12 +591,12 @@ def test_the_card_quotes_the_run(sharded, tmp_path):
         line["step"]: line["loss/total"]
         for line in map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     }
-    with (workdir / "metrics.jsonl").open("a") as file:  # what a run with probes leaves at its end
+    with (workdir / "metrics.jsonl").open("a") as file:  # a run with evaluation leaves such a line at its end
         file.write(json.dumps({"step": 2, "eval/knn": 0.625}) + "\n")
     tables = {"trained": {"knn": 0.625, "linear": 0.75}, "untrained": {"knn": 0.5}}
     (workdir / "evaluation.json").write_text(json.dumps(tables))
-    for name, source, tower in (("last", "", None), ("early", "checkpoints/1", None), ("context", "", "encoder")):
-        to(workdir / source, tmp_path / name, "transformers", tower=tower)
+    for name, source, encoder in (("last", "", None), ("early", "checkpoints/1", None), ("context", "", "encoder")):
+        to(workdir / source, tmp_path / name, "transformers", encoder=encoder)
         card = (tmp_path / name / "README.md").read_text()
         step = 1 if name == "early" else 2
         assert f"at step {step}." in card and f"| `loss/total` | {loss[step]:.4g} |" in card
@@ -606,10 +608,70 @@ def test_the_card_quotes_the_run(sharded, tmp_path):
     assert "does not say how it was trained" in (tmp_path / "imported" / "README.md").read_text()
 
 
+DRAWS = {"mean": 0.5, "std": 0.01, "draws": [0.49, 0.51]}
+
+
+@pytest.mark.parametrize(
+    ("settings", "encoder", "evaluation", "said"),
+    [
+        (  # pre-training from before there were evaluators
+            {"vicreg.weight": 0.0},
+            "target_encoder",
+            {"trained": {"knn": 0.625, "linear": 0.75}, "untrained": {"knn": 0.5}},
+            [
+                "Pre-trained with I-JEPA",
+                "|  | knn | linear |\n|---|---|---|\n| trained | 0.625 | 0.75 |\n| untrained | 0.5 |  |\n",
+            ],
+        ),
+        (  # fine-tuning from before there were evaluators
+            {"augment.mixup": 0.8},
+            "encoder",
+            {"results": {"parameters": {"top1": 0.5, "loss": 2.25}}, "images": 360, "config": {"seed": 0}},
+            ["Fine-tuned with labels", "|  | top1 | loss |\n|---|---|---|\n| parameters | 0.5 | 2.25 |\n"],
+        ),
+        (
+            {"method": "cjepa", "vicreg.weight": 0.001},
+            "target_encoder",
+            {
+                "results": {
+                    "logistic": {"trained": {"10 labels": DRAWS, "rates": [1, 2]}, "raw pixels": {"10 labels": DRAWS}},
+                    "collapse": {"trained": {"rank": 12.5, "spectrum": [3.0, 1.0], "note": "text"}},
+                    "attention": {"trained": {"files": ["a.png"]}},
+                },
+                "settings": {"seed": 0},
+            },
+            [
+                "Pre-trained with C-JEPA",
+                "| logistic | 10 labels |\n|---|---|\n| trained | 0.5 |\n| raw pixels | 0.5 |\n"
+                "\n| collapse | rank |\n|---|---|\n| trained | 12.5 |\n\n## Use",
+            ],
+        ),
+        (
+            {"method": "supervised", "model.encoder": "random"},
+            "ema_encoder",
+            {"results": {"accuracy": {"average": {"top1": 0.5, "images": 360}}}, "settings": {}},
+            [
+                "Trained from scratch with labels",
+                "| accuracy | top1 | images |\n|---|---|---|\n| average | 0.5 | 360 |\n",
+            ],
+        ),
+    ],
+)
+def test_the_card_reads_every_format_of_the_evaluation(tmp_path, settings, encoder, evaluation, said):
+    (tmp_path / "config.json").write_text(json.dumps({"optim.epochs": 1.0, **settings}))
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    (tmp_path / "metrics.jsonl").write_text("")
+    text = card.readme(make_networks(), card.read_run(epath.Path(tmp_path), step=7, encoder=encoder))
+    for words in said:
+        assert words in text
+    other = "encoder" if encoder == "target_encoder" else "target_encoder"
+    assert "Not measured." in card.readme(make_networks(), card.read_run(epath.Path(tmp_path), step=7, encoder=other))
+
+
 def test_the_readmes_lines_of_pytorch(odd, tmp_path, monkeypatch):
-    """Exactly as printed."""
-    section = (ROOT / "README.md").read_text().split("## To PyTorch")[1].split("\n## ")[0]
-    code = re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1)
+    """Runs the lines of the page exactly as they are printed."""
+    page = (ROOT / "docs" / "pytorch.md").read_text()
+    code = re.search(r"```python.*?\n(.*?)```", page, re.DOTALL).group(1)
     assert 8 <= len(code.splitlines()) <= 10
     to(odd / "ours", tmp_path / "encoder", "transformers")
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3)).astype(np.uint8)).save(
@@ -630,21 +692,21 @@ from cjepa_jax.interop import formats, tensors
 if "pth" in "".join(sys.argv):
     import torch
 
-def peak():  # in KiB; getrusage would begin with the peak of the process that started this one
+def peak():  # in KiB; getrusage would count the peak of the parent process, too
     return int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text()).group(1))
 
 before = peak()
-conversion.convert(*sys.argv[1:], tower=None, force=False, given=tensors.Given())
+conversion.convert(*sys.argv[1:], encoder=None, force=False, options=tensors.ImportOptions())
 print((peak() - before) * 1024)
 """
 
 
 @pytest.mark.slow
 def test_peak_memory(tmp_path):
-    """Above what the imports take, which at the size of H/14 is a sixth of the parameters."""
-    networks = make_networks("B", image=224, patch=16, predictor=Predictor(384, 6))
+    """Measures the peak above what the imports take; for H/14 these take a sixth of the parameters."""
+    networks = make_networks("B", image=224, patch=16, predictor=PredictorConfig(width=384, depth=6))
     pretrained.save(epath.Path(tmp_path / "ours"), networks)
-    of = {tower: sum(4 * x.size for x in jax.tree.leaves(tree)) for tower, tree in networks.params.items()}
+    of = {part: sum(4 * x.size for x in jax.tree.leaves(tree)) for part, tree in networks.params.items()}
     whole, one = sum(of.values()), of["target_encoder"]
     for source, output, kind, size in (
         ("ours", "a.pth.tar", "ijepa", whole),
@@ -659,4 +721,4 @@ def test_peak_memory(tmp_path):
         done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, check=True)
         peak = int(done.stdout) / size
         print(f"{source} -> {output}: {peak:.2f} times the parameters")
-        assert 1 <= peak <= 2.5  # below 1 it would not be what is asked for
+        assert 1 <= peak <= 2.5  # below 1 the measurement would have missed the parameters

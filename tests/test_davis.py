@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cjepa_jax.config import UserError
+from cjepa_jax.errors import UserError
 from cjepa_jax.evaluate import davis
 
 PATCH, ROWS, COLUMNS = 8, 8, 16
@@ -106,9 +106,9 @@ def test_the_summary_is_over_all_objects(tmp_path):
     moving, still = results["two"].scores, results["one"].scores
     assert still == {"J": [1], "F": [1]}
     summary = davis.summary(results)
-    assert summary["J %"] == pytest.approx((sum(moving["J"]) + 1) / 3)
-    assert summary["F %"] == pytest.approx((sum(moving["F"]) + 1) / 3)
-    assert summary["J&F %"] == pytest.approx((summary["J %"] + summary["F %"]) / 2)
+    assert summary["J"] == pytest.approx((sum(moving["J"]) + 1) / 3)
+    assert summary["F"] == pytest.approx((sum(moving["F"]) + 1) / 3)
+    assert summary["J&F"] == pytest.approx((summary["J"] + summary["F"]) / 2)
     assert summary["objects"] == {"two": moving, "one": still}
 
 

@@ -11,9 +11,9 @@ import pytest
 import sklearn.datasets
 from PIL import Image
 
-from cjepa_jax.config import UserError
 from cjepa_jax.data import decode
-from cjepa_jax.data.augment import augment
+from cjepa_jax.data.augment import Augmentation, augment
+from cjepa_jax.errors import UserError
 
 PHOTOS = sorted((pathlib.Path(sklearn.datasets.__file__).parent / "images").glob("*.jpg"))  # two JPEGs of 640x427
 
@@ -351,7 +351,7 @@ def test_nothing_is_augmented_by_default(make_data):
     pixels = np.asarray(photo())
     rng = np.random.default_rng(0)
     state = rng.bit_generator.state
-    assert augment(pixels, make_data(), rng) is pixels and rng.bit_generator.state == state
+    assert augment(pixels, Augmentation.of(make_data()), rng) is pixels and rng.bit_generator.state == state
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -361,7 +361,7 @@ def test_flips_come_with_their_probability(make_data, channels):
     rng = np.random.default_rng(0)
     flipped = 0
     for _ in range(1000):
-        found = augment(pixels, data, rng)
+        found = augment(pixels, Augmentation.of(data), rng)
         if (found == pixels[:, ::-1]).all():
             flipped += 1
         else:
@@ -373,12 +373,12 @@ def test_colours_change_within_simclrs_bounds(make_data):
     """Of a grey picture only brightness can change (by 1 +- 0.8 s), with probability 0.8; of a red one hue too."""
     rng, data = np.random.default_rng(0), make_data(color=0.5)
     grey = np.full((4, 4, 3), 100, np.uint8)
-    values = np.array([augment(grey, data, rng)[0, 0] for _ in range(1000)]).astype(int)
+    values = np.array([augment(grey, Augmentation.of(data), rng)[0, 0] for _ in range(1000)]).astype(int)
     assert (np.ptp(values, axis=1) <= 2).all()
     assert 59 <= values.min() < 66 and 134 < values.max() <= 141
     assert abs((values[:, 0] == 100).mean() - 0.2) < 0.05
     red = np.zeros((4, 4, 3), np.uint8) + np.array([200, 20, 20], np.uint8)
-    values = np.array([augment(red, data, rng)[0, 0] for _ in range(1000)]).astype(int)
+    values = np.array([augment(red, Augmentation.of(data), rng)[0, 0] for _ in range(1000)]).astype(int)
     grey_share = (np.ptp(values, axis=1) == 0).mean()
     assert abs(grey_share - 0.2) < 0.05
     hues = np.array([colour_hue(v) for v in values[np.ptp(values, axis=1) > 80]])
@@ -398,7 +398,7 @@ def test_blur_comes_with_its_probability_and_smooths(make_data):
     rng, data = np.random.default_rng(0), make_data(blur=0.5)
     dot = np.zeros((21, 21, 3), np.uint8)
     dot[10, 10] = 255
-    peaks = np.array([augment(dot, data, rng)[10, 10, 0] for _ in range(400)])
+    peaks = np.array([augment(dot, Augmentation.of(data), rng)[10, 10, 0] for _ in range(400)])
     assert abs((peaks == 255).mean() - 0.5) < 0.11
     assert 8 < peaks.min() < 14  # radius 2: 255 / (2 pi 2^2) = 10.1
 

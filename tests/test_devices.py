@@ -12,28 +12,41 @@ import pytest
 from etils import epath
 from jax.sharding import PartitionSpec
 
-from cjepa_jax import sharding
-from cjepa_jax.checkpoint import Checkpointer
-from cjepa_jax.config import UserError
-from cjepa_jax.masking import sample_masks
-from cjepa_jax.step import Method, build, init_state, loss_fn, train_step
+from cjepa_jax.batch import Batch
+from cjepa_jax.errors import UserError
+from cjepa_jax.methods.cjepa import CJEPA, MaskedImages
+from cjepa_jax.models.masking import sample_masks
+from cjepa_jax.train import sharding
+from cjepa_jax.train.checkpoint import Checkpointer
+from cjepa_jax.train.step import build, init_state, train_step
+from tests.conftest import small
 
 BATCH = 16
 
 
-def initial(method: Method):
-    return jax.jit(functools.partial(init_state, method=method))(jax.random.key(0))
+def initial(method: CJEPA):
+    return jax.jit(functools.partial(init_state, method=method, steps=10))(jax.random.key(0))
 
 
-def loss_and_gradients(method: Method, devices: int):
+def labelled(images) -> Batch:
+    return Batch(images, jnp.zeros(len(images), jnp.int32))
+
+
+def loss_of(method: CJEPA, params, averages, inputs):
+    """The loss, with its parts and the features."""
+    outputs = method.forward(params, averages, inputs)
+    total, parts = method.loss(params, outputs)
+    return total, (parts, outputs["features"])
+
+
+def loss_and_gradients(method: CJEPA, devices: int):
     mesh = sharding.make_mesh(method.config.mesh, jax.devices()[:devices])
     whole, split = sharding.replicated(mesh), sharding.batch(mesh)
     state = jax.device_put(initial(method), whole)
     images = jax.random.randint(jax.random.key(1), (BATCH, 8, 8, 1), 0, 256).astype(jnp.uint8)
 
     def loss(params, images, rng):
-        masks = sample_masks(rng, method.config.mask, grid=method.config.grid, batch=BATCH)
-        return loss_fn(params, state.target_params, method.patches(images), masks, method)
+        return loss_of(method, params, state.averages, method.prepare(labelled(images), rng))
 
     gradient = jax.jit(
         jax.value_and_grad(loss, has_aux=True),
@@ -49,7 +62,7 @@ def loss_and_gradients(method: Method, devices: int):
 @pytest.mark.parametrize("views", ["target_blocks", "context_target"])
 def test_same_loss_and_gradients(make_config, views):
     config = make_config(vicreg__views=views, vicreg__weight=0.01, vicreg__projector=(12, 8))
-    method = Method(config, steps=10)
+    method = CJEPA(config)
     one, _ = loss_and_gradients(method, 1)
     eight, program = loss_and_gradients(method, 8)
     assert "all-reduce" in program
@@ -64,7 +77,7 @@ def test_same_loss_and_gradients(make_config, views):
 
 def test_statistics_are_those_of_the_global_batch(make_config):
     """Not the mean of eight local ones: with two images a device those differ by far."""
-    method = Method(make_config(vicreg__weight=1.0), steps=10)
+    method = CJEPA(make_config(vicreg__weight=1.0))
     (_, parts, _, _), _ = loss_and_gradients(method, 8)
     state = initial(method)
     images = jax.random.randint(jax.random.key(1), (BATCH, 8, 8, 1), 0, 256).astype(jnp.uint8)
@@ -72,7 +85,7 @@ def test_statistics_are_those_of_the_global_batch(make_config):
 
     @jax.jit
     def covariance(images, masks):
-        _, (parts, _) = loss_fn(state.params, state.target_params, method.patches(images), masks, method)
+        _, (parts, _) = loss_of(method, state.params, state.averages, MaskedImages(images, masks))
         return parts["loss/covariance"]
 
     shares = [slice(2 * i, 2 * i + 2) for i in range(8)]
@@ -82,13 +95,13 @@ def test_statistics_are_those_of_the_global_batch(make_config):
 
 
 def test_fifty_steps_compile_once(make_config):
-    method = Method(make_config(), steps=50)
+    method = CJEPA(make_config())
     state = initial(method)
-    step = jax.jit(functools.partial(train_step, method=method), donate_argnums=0)
+    step = jax.jit(functools.partial(train_step, method=method, steps=50), donate_argnums=0)
     images = jax.random.randint(jax.random.key(1), (BATCH, 8, 8, 1), 0, 256).astype(jnp.uint8)
     losses = []
     for _ in range(50):
-        state, metrics, _ = step(state, images, jax.random.key(2))
+        state, metrics, _ = step(state, labelled(images), jax.random.key(2))
         losses.append(float(metrics["loss/prediction"]))
     assert step._cache_size() == 1
     assert len(set(losses)) == 50
@@ -112,28 +125,29 @@ WAYS = {  # parameters, fsdp, layers, remat
 def program(make_config, way=("replicated", 1, "unrolled", "none"), devices=8):
     keys = ("mesh__parameters", "mesh__fsdp", "model__layers", "model__remat")
     config = make_config(**WIDE, **dict(zip(keys, way, strict=True)))
-    return build(Method(config, steps=10), sharding.make_mesh(config.mesh, jax.devices()[:devices]))
+    return build(CJEPA(config), 10, sharding.make_mesh(config.mesh, jax.devices()[:devices]))
 
 
-def images():
-    return jax.random.randint(jax.random.key(1), (BATCH, 8, 8, 1), 0, 256).astype(jnp.uint8)
+def batch() -> Batch:
+    return labelled(jax.random.randint(jax.random.key(1), (BATCH, 8, 8, 1), 0, 256).astype(jnp.uint8))
 
 
-@pytest.fixture
-def three_steps():
-    def run(program):
-        state, metrics = program.init(jax.random.key(0)), []
-        for _ in range(3):
-            state, step_metrics, _ = program.step(state, images(), jax.random.key(2))
-            metrics.append(step_metrics)
-        return jax.device_get(metrics), state
+def three_steps(program):
+    state, metrics = program.init(jax.random.key(0)), []
+    for _ in range(3):
+        state, step_metrics, _ = program.step(state, batch(), jax.random.key(2))
+        metrics.append(step_metrics)
+    return jax.device_get(metrics), state
 
-    return run
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    return three_steps(program(small, devices=1))
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_takes_the_same_steps(make_config, three_steps, way):
-    expected, reference = three_steps(program(make_config, devices=1))
+def test_every_way_takes_the_same_steps(make_config, on_one_device, way):
+    expected, reference = on_one_device
     found, state = three_steps(program(make_config, WAYS[way]))
     for a, b in zip(expected, found, strict=True):
         for name in a:
@@ -151,7 +165,7 @@ def test_shards_are_where_they_should_be(make_config, way):
     kernels = {
         jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in jax.tree.leaves_with_path(state)
     }
-    trees = ("params/encoder", "target_params", "opt_state")
+    trees = ("params/encoder", "averages/target_encoder", "opt_state")
     for tree in trees:
         found = [x for name, x in kernels.items() if name.startswith(tree) and name.endswith("fc1/kernel")]
         assert found
@@ -159,7 +173,7 @@ def test_shards_are_where_they_should_be(make_config, way):
             assert x.sharding.shard_shape(x.shape) == (x.shape[0] // shards, x.shape[1])
             assert len(x.sharding.device_set) == 8
     assert kernels["step"].sharding.spec == PartitionSpec()
-    after, _, _ = built.step(state, images(), jax.random.key(2))
+    after, _, _ = built.step(state, batch(), jax.random.key(2))
     for a, b in zip(jax.tree.leaves(built.state), jax.tree.leaves(after), strict=True):
         assert a.sharding.is_equivalent_to(b.sharding, b.ndim)
 
@@ -168,7 +182,7 @@ def test_shards_are_where_they_should_be(make_config, way):
 def test_the_collectives_are_those_expected(make_config, way):
     """Gradients and statistics are summed; parameters are gathered where they are cut, and nothing else is moved."""
     built = program(make_config, *([WAYS[way]] if way in WAYS else []))
-    text = built.step.lower(built.state, images(), jax.random.key(2)).compile().as_text()
+    text = built.step.lower(built.state, batch(), jax.random.key(2)).compile().as_text()
     found = re.findall(r"= (\S+?\[[\d,]*\]).* (all-\w+|reduce-scatter|collective-\w+)(?:-start)?\(", text)
     kinds = collections.Counter(kind for _, kind in found)
     assert kinds.keys() == {"all-reduce", "all-gather"}
@@ -189,7 +203,7 @@ def test_nothing_is_whole_on_one_device_at_the_start(make_config):
 @pytest.mark.parametrize("other", ["zero1 of 4", "scanned", "one device"])
 def test_a_checkpoint_restores_onto_another_mesh_bit_for_bit(make_config, tmp_path, other):
     saved = program(make_config, WAYS["fsdp of 8, scanned"])
-    state, _, _ = saved.step(saved.init(jax.random.key(0)), images(), jax.random.key(2))
+    state, _, _ = saved.step(saved.init(jax.random.key(0)), batch(), jax.random.key(2))
     expected = jax.device_get(state)
     options = make_config().checkpoint
     writer = Checkpointer(epath.Path(tmp_path), options, {"fingerprint": ""})
@@ -220,4 +234,4 @@ def test_a_checkpoint_restores_onto_another_mesh_bit_for_bit(make_config, tmp_pa
 def test_a_mesh_that_does_not_fit_is_named(make_config, settings, says):
     with pytest.raises(UserError, match=says):
         config = make_config(**(WIDE | settings))
-        build(Method(config, steps=10), sharding.make_mesh(config.mesh))
+        build(CJEPA(config), 10, sharding.make_mesh(config.mesh))

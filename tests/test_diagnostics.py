@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from cjepa_jax import diagnostics
+from cjepa_jax.train import diagnostics
 
 
 def draw(batch, width, rank=None, seed=0):

@@ -11,11 +11,13 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from cjepa_jax import sharding
-from cjepa_jax.config import Mesh, UserError
-from cjepa_jax.evaluate import collapse, knn, linear, logistic
+from cjepa_jax.config import Mesh
+from cjepa_jax.errors import UserError
+from cjepa_jax.evaluate import collapse, knn, logistic
+from cjepa_jax.evaluate import linear_grid as linear
 from cjepa_jax.evaluate.sets import Labelled, Splits, check_classes, few
 from cjepa_jax.models.vit import interpolate_positions, sincos_positions
+from cjepa_jax.train import sharding
 
 
 def blobs(n: int, m: int, *, width: int = 24, classes: int = 5, spread: float = 2.0, seed: int = 0) -> Splits:

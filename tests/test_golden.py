@@ -8,19 +8,35 @@ import functools
 import importlib
 import json
 import pathlib
+from typing import Any
 
 import jax
 import jax.extend.core
 import jax.numpy as jnp
 import pytest
 
-from cjepa_jax.optimizer import decay_mask
-from cjepa_jax.parsing import parse
-from cjepa_jax.step import Method, init_state, train_step
+from cjepa_jax.batch import Batch
+from cjepa_jax.methods import find_method
+from cjepa_jax.methods.cjepa import CJEPA
+from cjepa_jax.settings import flatten, parse
+from cjepa_jax.train.optimizer import decay_mask
+from cjepa_jax.train.step import init_state, train_step
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 FILES = (pathlib.Path(__file__).parents[1] / "configs").glob("*.py")
-CONFIGS = sorted(p.stem for p in FILES if not p.stem.startswith(("__", "evaluate", "finetune_")))
+CONFIGS = sorted(p.stem for p in FILES if not p.stem.startswith(("__", "evaluate")))
+PRETRAINING = [name for name in CONFIGS if not name.startswith("finetune_")]  # others take a checkpoint's architecture
+
+
+def resolved(name: str) -> Any:
+    values = importlib.import_module(f"configs.{name}").get_config().to_dict()
+    return parse(values, find_method(values).settings)
+
+
+def check(path: pathlib.Path, text: str, request) -> None:
+    if request.config.getoption("--update-golden"):
+        path.write_text(text)
+    assert path.read_text() == text, f"{path.name} differs; if that is meant, run with --update-golden"
 
 
 @pytest.fixture
@@ -30,26 +46,31 @@ def standard_promotion():
         yield
 
 
-@pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("name", CONFIGS)
+def test_settings_in_full(name, request):
+    """A config states differences; here is every setting that follows, so that a changed default is seen."""
+    check(GOLDEN / f"{name}.json", json.dumps(flatten(resolved(name)), indent=1) + "\n", request)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("name", PRETRAINING)
 def test_parameters_and_decay(name, request):
     """Every config builds from shapes alone, one whole step included; its parameters, and which of them decay."""
-    config = parse(importlib.import_module(f"configs.{name}").get_config().to_dict())
-    method = Method(config, steps=1000)
-    state = jax.eval_shape(functools.partial(init_state, method=method), jax.random.key(0))
+    config = resolved(name)
+    method = CJEPA(config)
+    state = jax.eval_shape(functools.partial(init_state, method=method, steps=1000), jax.random.key(0))
     lines = []
     decayed = jax.tree.leaves(decay_mask(state.params))
     for (path, leaf), decays in zip(jax.tree.leaves_with_path(state.params), decayed, strict=True):
         shape = "x".join(map(str, leaf.shape))
         lines.append(f"{jax.tree_util.keystr(path, simple=True, separator='/')} {shape} {'decay' if decays else '-'}\n")
-    path = GOLDEN / f"{name}.txt"
-    if request.config.getoption("--update-golden"):
-        path.write_text("".join(lines))
-    assert path.read_text() == "".join(lines), f"{path.name} differs; if that is meant, run with --update-golden"
+    check(GOLDEN / f"{name}.txt", "".join(lines), request)
 
     data = config.data
     images = jax.ShapeDtypeStruct((8, data.image_size, data.image_size, data.channels), jnp.uint8)
-    after, metrics, _ = jax.eval_shape(functools.partial(train_step, method=method), state, images, jax.random.key(0))
+    batch = Batch(images, jax.ShapeDtypeStruct((8,), jnp.int32))
+    step = functools.partial(train_step, method=method, steps=1000)
+    after, metrics, _ = jax.eval_shape(step, state, batch, jax.random.key(0))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert all(value.shape == () and value.dtype == jnp.float32 for value in metrics.values())
 
@@ -69,10 +90,10 @@ def dot_dtypes(jaxpr) -> list[tuple[str, ...]]:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_products_have_the_configured_precision(make_config, dtype):
     """Parameters are float32 always (test above); of the products only the covariance stays float32."""
-    method = Method(make_config(model__dtype=dtype), steps=10)
-    state = jax.eval_shape(functools.partial(init_state, method=method), jax.random.key(0))
-    images = jax.ShapeDtypeStruct((8, 8, 8, 1), jnp.uint8)
-    jaxpr = jax.make_jaxpr(functools.partial(train_step, method=method))(state, images, jax.random.key(0))
+    method = CJEPA(make_config(model__dtype=dtype))
+    state = jax.eval_shape(functools.partial(init_state, method=method, steps=10), jax.random.key(0))
+    batch = Batch(jax.ShapeDtypeStruct((8, 8, 8, 1), jnp.uint8), jax.ShapeDtypeStruct((8,), jnp.int32))
+    jaxpr = jax.make_jaxpr(functools.partial(train_step, method=method, steps=10))(state, batch, jax.random.key(0))
     dots = dot_dtypes(jaxpr.jaxpr)
     assert len(dots) > 30
     if dtype == "float32":
@@ -85,12 +106,12 @@ def test_products_have_the_configured_precision(make_config, dtype):
 
 def test_metrics_after_three_steps(make_config, request):
     """Every metric within a thousandth: what a reader of a log would notice, and no machine's rounding."""
-    method = Method(make_config(vicreg__projector=(12, 8)), steps=10)
-    state = jax.jit(functools.partial(init_state, method=method))(jax.random.key(0))
-    step = jax.jit(functools.partial(train_step, method=method))
+    method = CJEPA(make_config(vicreg__projector=(12, 8), optim__schedule_offset=0))
+    state = jax.jit(functools.partial(init_state, method=method, steps=10))(jax.random.key(0))
+    step = jax.jit(functools.partial(train_step, method=method, steps=10))
     images = jax.random.randint(jax.random.key(1), (16, 8, 8, 1), 0, 256).astype(jnp.uint8)
     for _ in range(3):
-        state, metrics, _ = step(state, images, jax.random.key(2))
+        state, metrics, _ = step(state, Batch(images, jnp.zeros(16, jnp.int32)), jax.random.key(2))
     path = GOLDEN / "metrics.json"
     if request.config.getoption("--update-golden"):
         path.write_text(json.dumps({k: float(f"{v:.5g}") for k, v in sorted(metrics.items())}, indent=1) + "\n")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cjepa_jax import hlo
+from cjepa_jax.tpu import hlo
 
 CONFIG = 'backend_config={"flag_configs":[],"window_config":{"kernel_window_bounds":[],"estimated_cycles":"%s"}}'
 

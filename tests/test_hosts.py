@@ -15,8 +15,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from cjepa_jax import hosts
-from cjepa_jax.config import UserError
+from cjepa_jax.errors import UserError
+from cjepa_jax.train import distributed
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = [
@@ -178,7 +178,7 @@ def test_a_process_that_cannot_be_reached_is_named(tmp_path):
 
 def test_half_of_the_flags_are_refused():
     with pytest.raises(UserError, match="--num_processes and --process_id missing"):
-        hosts.start("localhost:1", None, None, 1)
+        distributed.start("localhost:1", None, None, 1)
 
 
 def test_nothing_is_started_where_nothing_asks_for_it(monkeypatch):
@@ -187,7 +187,7 @@ def test_nothing_is_started_where_nothing_asks_for_it(monkeypatch):
         with monkeypatch.context() as patch:
             for key, value in variables.items():
                 patch.setenv(key, value)
-            hosts.start(None, None, None, 1)
+            distributed.start(None, None, None, 1)
 
 
 def test_slurm_starts_it(monkeypatch):
@@ -195,5 +195,5 @@ def test_slurm_starts_it(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", lambda **given: started.append(given))
     monkeypatch.setenv("SLURM_NTASKS", "4")
     monkeypatch.setenv("SLURM_PROCID", "2")
-    hosts.start(None, None, None, 7)
+    distributed.start(None, None, None, 7)
     assert [given["initialization_timeout"] for given in started] == [7]

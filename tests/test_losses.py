@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch.nn import functional
 
-from cjepa_jax import losses, sharding
 from cjepa_jax.config import Mesh
-from cjepa_jax.masking import Masks
+from cjepa_jax.methods import losses
+from cjepa_jax.methods.cjepa import CJEPA, MaskedImages
+from cjepa_jax.models.masking import Masks
 from cjepa_jax.models.projector import Projector
-from cjepa_jax.step import Method, init_state, loss_fn
+from cjepa_jax.train import sharding
 
 VIEWS = ["target_blocks", "context_target"]
 TERMS = ["invariance", "variance", "covariance"]
@@ -168,15 +169,18 @@ def test_spread_of_the_target_features_is_not_asked_for(vicreg, views):
 @pytest.mark.parametrize("views", VIEWS)
 def test_no_gradient_reaches_the_target_branch(make_config, views):
     config = make_config(vicreg__views=views, vicreg__weight=1.0, vicreg__projector=(12, 8))
-    method = Method(config, steps=10)
+    method = CJEPA(config)
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(functools.partial(init_state, method=method), jax.random.key(0)).params
+    shapes = jax.eval_shape(method.init, jax.random.key(0))
     params = jax.tree.map(lambda p: rng.normal(0, 0.3, p.shape).astype(np.float32), shapes)
     order = rng.permuted(np.tile(np.arange(16, dtype=np.int32), (6, 1)), axis=1)
     masks = Masks(order[:, :8], np.ones((6, 8), bool), order[:, 8:].reshape(6, 4, 2), np.ones((6, 4, 2), bool))
-    patches = rng.normal(size=(6, 16, 4)).astype(np.float32)
-    gradient = jax.grad(functools.partial(loss_fn, method=method), argnums=(0, 1), has_aux=True)
-    (online, target), _ = jax.jit(gradient)(params, params["encoder"], patches, masks)
+    images = rng.integers(0, 256, (6, 8, 8, 1), np.uint8)
+
+    def loss(params, averages):
+        return method.loss(params, method.forward(params, averages, MaskedImages(images, masks)))[0]
+
+    online, target = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, {"target_encoder": params["encoder"]})
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(target))
     for network, gradients in online.items():
         assert all((leaf != 0).any() for leaf in jax.tree.leaves(gradients)), network
@@ -188,17 +192,18 @@ def test_no_gradient_reaches_the_target_branch(make_config, views):
 @pytest.mark.parametrize(
     "kind, reference", [("smooth_l1", functional.smooth_l1_loss), ("l2", functional.mse_loss)], ids=["smooth_l1", "l2"]
 )
-def test_prediction_loss_is_the_mean_over_valid_tokens(make_config, kind, reference):
+def test_prediction_loss_is_the_mean_over_valid_tokens(kind, reference):
     prediction, target = 2 * draw(5, 4, 6, 8), draw(4, 5, 6, 8).swapaxes(0, 1)
     error = np.abs(prediction - target)
     assert (error < 1).mean() > 0.2 and (error > 1).mean() > 0.2  # both pieces of smooth L1
     valid = np.random.default_rng(2).random((5, 4, 6)) < 0.6
     expected = reference(torch.tensor(prediction[valid]), torch.tensor(target[valid]))
     prediction[~valid] = 1e9
-    ours = losses.prediction_loss(
-        jnp.asarray(prediction), jnp.asarray(target), valid, make_config(loss__kind=kind).loss
-    )
-    assert float(ours) == pytest.approx(float(expected), rel=1e-6)
+    error, terms = losses.prediction_error(jnp.asarray(prediction), jnp.asarray(target), jnp.asarray(valid), kind)
+    assert float(error.sum() / terms.sum()) == pytest.approx(float(expected), rel=1e-6)
+    assert error.shape == terms.shape == (5,)  # each image by itself
+    of_one = reference(torch.tensor(prediction[2][valid[2]]), torch.tensor(target[2][valid[2]]), reduction="sum")
+    assert float(error[2]) == pytest.approx(float(of_one), rel=1e-5) and float(terms[2]) == 8 * valid[2].sum()
 
 
 @pytest.mark.parametrize("scale, offset", [(1, 0), (1, 300), (1e-3, 0), (0, 5)])

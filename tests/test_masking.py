@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cjepa_jax import sharding
-from cjepa_jax.config import Mesh, UserError
-from cjepa_jax.masking import Masks, sample_masks, target_tokens
-from cjepa_jax.models.vit import masked_mean, take
-from cjepa_jax.step import Method, init_state
+from cjepa_jax.config import Mesh
+from cjepa_jax.errors import UserError
+from cjepa_jax.methods.cjepa import CJEPA
+from cjepa_jax.models.masking import Masks, sample_masks, target_tokens
+from cjepa_jax.models.vit import take
+from cjepa_jax.train import sharding
 
 STEPS, BATCH = 5_000, 2  # 10,000 images; in `released` a block size belongs to a step
 KEPT = 60  # of the context tokens, where they are cut
@@ -301,9 +302,9 @@ def test_impossible_settings_are_named(make_mask, recipe, grid, overrides, messa
 @pytest.fixture
 def networks(make_config):
     """(method, parameters, patches, masks, rng) of 4 images of 8x8 patches; contexts and blocks differ in length."""
-    method = Method(make_config(model__size="32x2x4", predictor__width=16, data__image_size=16), steps=10)
+    method = CJEPA(make_config(model__size="32x2x4", predictor__width=16, data__image_size=16))
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(functools.partial(init_state, method=method), jax.random.key(0)).params
+    shapes = jax.eval_shape(method.init, jax.random.key(0))
     params = jax.tree.map(lambda p: rng.normal(0, 0.3, p.shape).astype(np.float32), shapes)
     order = rng.permuted(np.tile(np.arange(64, dtype=np.int32), (4, 1)), axis=1)
     context, target = np.arange(40) < [[40], [31], [7], [1]], np.arange(5) < rng.integers(1, 6, (4, 4, 1))
@@ -372,12 +373,3 @@ def test_a_block_is_predicted_from_its_own_image_and_place(networks):
         expected = np.zeros_like(alike)
         expected[same] = True
         np.testing.assert_array_equal(alike[masks.target_valid], expected[masks.target_valid])
-
-
-def test_masked_mean_ignores_invalid_tokens():
-    rng = np.random.default_rng(0)
-    tokens, valid = rng.normal(size=(3, 4, 6, 5)).astype(np.float32), rng.random((3, 4, 6)) < 0.5
-    valid[..., 2] = True
-    tokens[~valid] = 1e6
-    expected = [[tokens[i, j][valid[i, j]].mean(axis=0) for j in range(4)] for i in range(3)]
-    np.testing.assert_allclose(masked_mean(jnp.asarray(tokens), jnp.asarray(valid)), expected, rtol=1e-5, atol=1e-5)

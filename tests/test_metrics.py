@@ -8,8 +8,9 @@ import pytest
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
-from cjepa_jax import checkpoint, metrics
-from cjepa_jax.config import UserError
+from cjepa_jax import files
+from cjepa_jax.errors import UserError
+from cjepa_jax.train import checkpoint, writer
 
 RUN = epath.Path("gs://bucket/run")
 
@@ -18,8 +19,8 @@ class Bucket(MemoryFileSystem):
     """An object store: whole objects only."""
 
     protocol = ("gs", "gcs")
-    store: dict = {}  # noqa: RUF012
-    pseudo_dirs = [""]  # noqa: RUF012
+    store: dict = {}
+    pseudo_dirs = [""]
 
     def _open(self, path, mode="rb", **options):
         assert mode in ("rb", "wb"), mode
@@ -45,7 +46,7 @@ class Board:
 @pytest.fixture
 def bucket(monkeypatch):
     fsspec.register_implementation("gcs", Bucket, clobber=True)
-    monkeypatch.setattr(metrics, "SummaryWriter", Board)
+    monkeypatch.setattr(writer, "SummaryWriter", Board)
     yield
     Bucket.store.clear()
 
@@ -53,12 +54,12 @@ def bucket(monkeypatch):
 @pytest.mark.usefixtures("bucket")
 def test_metrics_and_config_on_an_object_store():
     for start in (0, 2):  # the second run drops line 3, which will come again
-        log = metrics.Metrics(RUN, start=start, steps=4, batch_size=2)
+        log = writer.Writer(RUN, start=start, steps=4, batch_size=2)
         for step in (start + 1, start + 2, start + 3)[: 3 - start // 2]:
             log.tick(step, 0.0)
             log.write(step, {"loss/total": step + start})
         log.close()
-    assert [(line["step"], line["loss/total"]) for line in metrics.read(RUN)] == [(1, 1), (2, 2), (3, 5), (4, 6)]
+    assert [(line["step"], line["loss/total"]) for line in writer.read(RUN)] == [(1, 1), (2, 2), (3, 5), (4, 6)]
     checkpoint.write_config(RUN, {"seed": 1})
     assert json.loads((RUN / "config.json").read_text()) == {"seed": 1}
     checkpoint.write_config(RUN, {"seed": 2})
@@ -72,11 +73,11 @@ def test_paths_of_object_stores_stay_what_they_are(tmp_path, monkeypatch):
 
 
 def test_what_gs_needs_is_said_at_once():
-    with pytest.raises(UserError, match=re.escape(f"gcsfs and google.cloud.storage missing; {checkpoint.GCS_INSTALL}")):
-        checkpoint.check_workdir(RUN, {"config": {}})
+    with pytest.raises(UserError, match=re.escape(f"gcsfs and google.cloud.storage missing; {files.GCS_INSTALL}")):
+        checkpoint.check_workdir(RUN, None, {})
 
 
 def test_launch_installs_what_gs_needs():
     root = epath.Path(__file__).parents[1]
     for file in ("tpu_vm.sh", "gke_jobset.yaml"):
-        assert checkpoint.GCS_INSTALL.removeprefix("pip install ") in (root / "launch" / file).read_text(), file
+        assert files.GCS_INSTALL.removeprefix("pip install ") in (root / "launch" / file).read_text(), file

@@ -9,7 +9,7 @@ import scipy.stats
 import torch
 
 from cjepa_jax.config import Model
-from cjepa_jax.finetune import mixing
+from cjepa_jax.methods import mixing
 from cjepa_jax.models.vit import build_encoder, drop_path
 
 MANY = 4000
@@ -144,7 +144,8 @@ def test_drop_path_drops_at_rates_that_rise_linearly_and_keeps_the_mean():
 @pytest.mark.parametrize("layers, remat", [("unrolled", "none"), ("scanned", "full"), ("unrolled", "dots")])
 def test_dropped_branches_leave_the_residual_alone(layers, remat):
     """Image 0 keeps all, image 1 nothing, image 2 only the first block."""
-    encoder = build_encoder(Model("16x2x2", 2, "fan_in", "float32", layers, remat), grid=3)
+    model = Model(size="16x2x2", patch_size=2, init="fan_in", dtype="float32", layers=layers, remat=remat)
+    encoder = build_encoder(model, grid=3)
     patches = jax.random.normal(jax.random.key(0), (3, 9, 4))
     params = encoder.init(jax.random.key(1), patches)
     whole = encoder.apply(params, patches)

@@ -1,5 +1,6 @@
 """Schedules, decay and moving average against plain formulas and PyTorch."""
 
+import dataclasses
 import functools
 import math
 
@@ -9,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from cjepa_jax import optimizer, step
-from cjepa_jax.step import Method, init_state
+from cjepa_jax.batch import Batch
+from cjepa_jax.methods.base import Method
+from cjepa_jax.methods.cjepa import CJEPA
+from cjepa_jax.train import optimizer
+from cjepa_jax.train.step import init_state, train_step
 
 STEPS = 1000
 RATES = dict(learning_rate_start=1e-4, learning_rate=1e-3, learning_rate_end=1e-6)
@@ -27,7 +31,7 @@ def promotion():
 def make_optim(make_config):
     def make(warmup=15.0, **overrides):
         settings = dict(epochs=100.0, warmup_epochs=warmup, weight_decay_start=0.04, weight_decay_end=0.4)
-        settings |= dict(beta1=0.9, beta2=0.999)
+        settings |= dict(beta1=0.9, beta2=0.999, schedule_offset=0)
         return make_config(**{f"optim__{k}": v for k, v in (settings | RATES | overrides).items()}).optim
 
     return make
@@ -71,8 +75,8 @@ def test_ema_momentum_is_linear(make_config, start, end, number):
 
 
 def test_decay_acts_on_kernels_and_the_mask_token_only(make_config):
-    method = Method(make_config(vicreg__projector=(12, 8)), steps=10)
-    params = jax.eval_shape(functools.partial(init_state, method=method), jax.random.key(0)).params
+    method = CJEPA(make_config(vicreg__projector=(12, 8)))
+    params = jax.eval_shape(method.init, jax.random.key(0))
     decays = {
         jax.tree_util.keystr(path, simple=True, separator="/"): decay
         for path, decay in jax.tree.leaves_with_path(optimizer.decay_mask(params))
@@ -84,14 +88,14 @@ def test_decay_acts_on_kernels_and_the_mask_token_only(make_config):
     assert len(decays) > 2 * sum(decays.values())  # a bias for each kernel but the projector's, and the norms
 
 
-def test_adamw_with_its_schedules_is_that_of_torch(make_optim):
+def test_adamw_with_its_schedules_is_that_of_torch(make_optim, make_config):
     """Decay multiplied by the learning rate of the step, and none on vectors."""
     optim = make_optim(learning_rate=0.02, learning_rate_start=0.004, eps=1e-3)
     rng = np.random.default_rng(0)
     params = {"kernel": rng.normal(size=(5, 4)).astype(np.float32), "bias": rng.normal(size=4).astype(np.float32)}
     theirs = {name: torch.nn.Parameter(torch.tensor(p, dtype=torch.float64)) for name, p in params.items()}
     adamw = torch.optim.AdamW([{"params": [p]} for p in theirs.values()], betas=(0.9, 0.999), eps=1e-3)
-    ours = optimizer.adamw(optim, 20)
+    ours = optimizer.build(Products(dataclasses.replace(make_config(), optim=optim)), 20, params)
     state = ours.init(params)
     for number in range(20):
         grads = {name: rng.normal(size=p.shape).astype(np.float32) for name, p in params.items()}
@@ -107,42 +111,96 @@ def test_adamw_with_its_schedules_is_that_of_torch(make_optim):
 
 
 def test_target_starts_as_a_copy_of_the_encoder(make_config):
-    init = functools.partial(init_state, method=Method(make_config(), steps=10))
+    init = functools.partial(init_state, method=CJEPA(make_config()), steps=10)
     state = jax.jit(init)(jax.random.key(0))
     assert state.step == 0
-    jax.tree.map(np.testing.assert_array_equal, state.target_params, state.params["encoder"])
+    jax.tree.map(np.testing.assert_array_equal, state.averages["target_encoder"], state.params["encoder"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Products(Method):
+    """Two matrices whose product is to fit an image: the rule of the average knows no network."""
+
+    averaged = {"average": "encoder"}
+
+    def init(self, rng):
+        return {"encoder": {"a": jnp.ones((3, 4)), "b": jnp.full((4, 4), 0.1)}}
+
+    def prepare(self, batch, rng):
+        return batch.images.astype(jnp.float32)
+
+    def forward(self, params, averages, inputs):
+        return {"sum": inputs.sum(axis=(1, 2, 3))}
+
+    def loss(self, params, outputs):
+        goal = 2 + jnp.cos(outputs["sum"].sum() + jnp.arange(12.0)).reshape(3, 4)
+        return jnp.square(params["encoder"]["a"] @ params["encoder"]["b"] - goal).sum(), {}
 
 
 @pytest.mark.parametrize("start, end", [(0.9, 1.0), (0.5, 0.5), (0.0, 0.0), (1.0, 1.0)])
-def test_target_is_the_moving_average_of_the_encoder_after_each_step(make_config, monkeypatch, start, end):
-    """In float64, for all but the rounding; of two matrices that fit an image, as the rule knows no network."""
-
-    def loss_fn(params, target_params, patches, masks, method):
-        goal = jnp.cos(patches.sum() + jnp.arange(12)).reshape(3, 4)
-        return jnp.square(params["encoder"]["a"] @ params["encoder"]["b"] - goal).sum(), ({}, patches)
-
-    monkeypatch.setattr(step, "loss_fn", loss_fn)
-    monkeypatch.setattr(step, "sample_masks", lambda *_, **__: None)
+def test_target_is_the_moving_average_of_the_encoder_after_each_step(make_config, start, end):
+    """In float64, for all but the rounding."""
     leaves, steps = jax.tree.leaves, 8
-    rates = dict(optim__learning_rate_start=0.03, optim__learning_rate=0.03, optim__warmup_epochs=0.0)
-    method = Method(make_config(ema__start=start, ema__end=end, **rates), steps)
-    first = {"a": jnp.ones((3, 4)), "b": jnp.full((4, 4), 0.1)}
-    state = step.TrainState(jnp.int32(0), {"encoder": first}, first, method.optimizer.init({"encoder": first}))
+    rates = dict(optim__learning_rate_start=0.04, optim__learning_rate=0.04, optim__warmup_epochs=0.0)
+    method = Products(make_config(ema__start=start, ema__end=end, **rates))
+    state = init_state(jax.random.key(0), method=method, steps=steps)
+    first = state.params["encoder"]
     equal = functools.partial(jax.tree.map, np.testing.assert_array_equal)
-    take_step = jax.jit(functools.partial(step.train_step, method=method))
+    jitted = jax.jit(functools.partial(train_step, method=method, steps=steps))
     images = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 1), np.uint8)
+
+    def take_step(state):
+        return jitted(state, Batch(images, np.zeros(8, np.int32)), jax.random.key(1))
 
     average = jax.tree.map(lambda p: np.asarray(p, np.float64), first)
     for number in range(steps):
         momentum = start + (end - start) * number / steps
-        state, metrics, _ = take_step(state, images, jax.random.key(1))
+        state, metrics, _ = take_step(state)
         average = jax.tree.map(lambda a, p, m=momentum: m * a + (1 - m) * p, average, state.params["encoder"])
         assert float(metrics["ema_momentum"]) == pytest.approx(momentum, rel=1e-6)
-    assert all(np.abs(a - b).max() > 0.1 for a, b in zip(leaves(first), leaves(state.params["encoder"]), strict=True))
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), state.target_params, average)
+    moved = [float(np.abs(a - b).max()) for a, b in zip(leaves(first), leaves(state.params["encoder"]), strict=True)]
+    assert min(moved) > 0.1, moved
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), state.averages["average"], average
+    )
     if end == 0:  # no average: an exact copy
-        equal(state.target_params, state.params["encoder"])
+        equal(state.averages["average"], state.params["encoder"])
     if start == 1:
-        equal(state.target_params, first)
+        equal(state.averages["average"], first)
     if end == 1:  # reached at `steps`, one past the last step of a run
-        equal(take_step(state, images, jax.random.key(1))[0].target_params, state.target_params)
+        equal(take_step(state)[0].averages["average"], state.averages["average"])
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_schedules_advance_before_they_are_used(make_config, offset):
+    """As in I-JEPA's released code, step k takes rate and decay of k + 1 and the momentum of k; before, all of k."""
+    steps, warmup = 8, 4
+    rates = dict(learning_rate_start=0.0, learning_rate=0.02, learning_rate_end=0.002)
+    rates |= dict(epochs=8.0, warmup_epochs=4.0)
+    rates |= dict(weight_decay_start=0.1, weight_decay_end=0.5, schedule_offset=offset, eps=1e-12)
+    config = make_config(**{f"optim__{key}": value for key, value in rates.items()}, ema__start=0.5, ema__end=1.0)
+    method = Products(config)
+    take_step = jax.jit(functools.partial(train_step, method=method, steps=steps))
+    state = init_state(jax.random.key(0), method=method, steps=steps)
+    theirs = {name: torch.tensor(np.array(p), dtype=torch.float64) for name, p in state.params["encoder"].items()}
+    theirs = {name: torch.nn.Parameter(p) for name, p in theirs.items()}
+    adamw = torch.optim.AdamW(theirs.values(), betas=(0.9, 0.999), eps=1e-12)
+    images = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 1), np.uint8)
+    total = np.float32(images.sum()) + np.arange(12, dtype=np.float32)
+    goal = torch.tensor(2 + np.cos(total), dtype=torch.float64).reshape(3, 4)
+    for number in range(steps):
+        state, metrics, _ = take_step(state, Batch(images, np.zeros(8, np.int32)), jax.random.key(1))
+        at = number + offset
+        lr = 0.02 * at / warmup if at < warmup else cosine(0.02, 0.002, (at - warmup) / (steps - warmup))
+        decay = cosine(0.1, 0.5, at / steps)
+        assert float(metrics["lr"]) == pytest.approx(lr, rel=1e-5, abs=1e-9)
+        assert float(metrics["weight_decay"]) == pytest.approx(decay, rel=1e-5)
+        assert float(metrics["ema_momentum"]) == pytest.approx(0.5 + 0.5 * number / steps, rel=1e-5)
+        adamw.param_groups[0]["lr"], adamw.param_groups[0]["weight_decay"] = lr, decay
+        adamw.zero_grad()
+        (theirs["a"] @ theirs["b"] - goal).square().sum().backward()
+        adamw.step()
+        for name, p in theirs.items():
+            np.testing.assert_allclose(state.params["encoder"][name], p.detach(), rtol=2e-4, atol=1e-5)
+        moved = np.abs(np.asarray(state.params["encoder"]["b"]) - 0.1).max() > 1e-4
+        assert moved == (number > 0 or offset == 1)

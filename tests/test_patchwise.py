@@ -1,5 +1,6 @@
 """Pictures of attention and components, and DAVIS, of whole checkpoints: what is shown, and what is refused."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,14 +11,12 @@ from PIL import Image
 from test_davis import write
 
 from cjepa_jax import plots, pretrained
-from cjepa_jax.config import Model, UserError
+from cjepa_jax.config import Model
+from cjepa_jax.errors import UserError
 from cjepa_jax.evaluate import attention as maps
-from cjepa_jax.evaluate import patchwise
-from cjepa_jax.evaluate.config import Evaluation
-from cjepa_jax.evaluate.subject import Subject
+from cjepa_jax.evaluate import davis
 from cjepa_jax.models.vit import Block, build_encoder, interpolate_positions, layer_norm, patchify, sincos_positions
-from cjepa_jax.parsing import parse
-from configs import evaluate
+from tests.test_evaluate import freeze, settings
 
 SIZE = 16
 
@@ -49,13 +48,11 @@ def load(tmp_path):
     np.savez(tmp_path / "images.npz", train_images=images, test_images=images[::-1])
 
     def load(checkpoint, *, baselines=True, **overrides):
-        config = evaluate.get_config()
         data = {"source": "npz", "data_dir": str(tmp_path / "images.npz"), "train_split": "train", "test_split": "test"}
-        settings = {f"data.{key}": value for key, value in data.items()} | {"data.crop_fraction": 1.0}
-        with config.ignore_type():
-            config.update_from_flattened_dict(settings | {k.replace("__", "."): v for k, v in overrides.items()})
-        settings = parse(config.to_dict(), Evaluation)
-        return Subject(checkpoint, "target_encoder", settings, baselines=baselines), images[::-1]
+        chosen = settings(
+            **{f"data__{key}": value for key, value in data.items()}, data__crop_fraction=1.0, **overrides
+        )
+        return chosen, freeze(checkpoint, "target_encoder", chosen, baselines=baselines), images[::-1]
 
     return load
 
@@ -73,10 +70,10 @@ def drawn(monkeypatch):
     return found
 
 
-def test_two_checkpoints_side_by_side(save, load, drawn):
+def test_two_checkpoints_side_by_side(save, load, drawn, tmp_path):
     first, second = save("first"), save("second", patch_size=8, seed=1)
-    subject, images = load(first, attention__other=str(second), attention__images=3)
-    rows = patchwise.attention(subject, subject.workdir / "evaluation/x.attention.json")
+    chosen, frozen, images = load(first, attention__other=str(second), attention__images=3)
+    rows = chosen.attention.run(frozen, tmp_path / "x")
     names = [f"{name}, step 7\n{kind} encoder" for name in ("first", "second") for kind in ("target", "context")]
     assert [*rows] == [name.replace("\n", ", ") for name in names] + ["untrained"]
     attended, title = drawn["x.attention.png"]
@@ -104,14 +101,14 @@ def test_two_checkpoints_side_by_side(save, load, drawn):
         entropy = -(p * np.log(p)).sum(axis=-1).mean() / np.log(p.shape[-1])
         assert rows[name.replace("\n", ", ")]["entropy of attention / log N"] == pytest.approx(entropy, abs=1e-5)
     for kind in ("attention", "components"):
-        with Image.open(subject.workdir / f"evaluation/x.{kind}.png") as picture:
+        with Image.open(tmp_path / f"x.{kind}.png") as picture:
             assert picture.size[0] > 500
 
 
-def test_the_query_is_a_patch(save, load, drawn):
+def test_the_query_is_a_patch(save, load, drawn, tmp_path):
     """Its attention is shown, it is outlined and named; a checkpoint of one encoder shows one."""
-    subject, images = load(save("only", towers=("target_encoder",)), baselines=False, attention__query=(1, 2))
-    rows = patchwise.attention(subject, subject.workdir / "x.attention.json")
+    chosen, frozen, images = load(save("only", towers=("target_encoder",)), baselines=False, attention__query=(1, 2))
+    rows = chosen.attention.run(frozen, tmp_path / "x")
     assert [*rows] == ["only, step 7, target encoder"]
     columns, title = drawn["x.attention.png"]
     assert "query: patch (1, 2), outlined" in title
@@ -119,8 +116,10 @@ def test_the_query_is_a_patch(save, load, drawn):
     edge = np.zeros((SIZE, SIZE), bool)
     edge[4:8, 8:12], edge[5:7, 9:11] = True, False
     np.testing.assert_array_equal(columns["image"], np.where(edge[..., None], (255, 0, 0), clean))
-    (tower,) = patchwise._towers(subject, subject.workdir)
-    weights, _ = patchwise._look(tower, tower.params, jax.numpy.asarray(clean))  # not of what is outlined
+    networks = frozen.origin.networks
+    encoder = build_encoder(dataclasses.replace(networks.model, layers="unrolled"), grid=4)
+    patches = patchify(((clean / 255 - 0.5) / 0.25).astype(np.float32), 4)  # not of what is outlined
+    weights, _ = maps.last_layer(encoder, networks.params["target_encoder"], patches)
     expected = maps.enlarged(maps.attended(weights, 1 * 4 + 2), image_size=SIZE)
     np.testing.assert_allclose(columns["only, step 7\ntarget encoder"], expected, atol=1e-5)
 
@@ -136,23 +135,23 @@ def test_the_query_is_a_patch(save, load, drawn):
         ({}, {"attention__images": 0}, r"attention\.images must be at least 1"),
     ],
 )
-def test_what_does_not_fit_is_named(save, load, other, overrides, says):
+def test_what_does_not_fit_is_named(save, load, tmp_path, other, overrides, says):
     with pytest.raises(UserError, match=says):
-        subject, _ = load(save("first"), attention__other=str(save("second", **other)), **overrides)
-        patchwise.attention(subject, subject.workdir / "x.attention.json")
+        chosen, frozen, _ = load(save("first"), attention__other=str(save("second", **other)), **overrides)
+        chosen.attention.run(frozen, tmp_path / "x")
 
 
 def test_davis_of_a_checkpoint(save, load, drawn, tmp_path):
     """On all devices; wide frames; the encoder's features are those of its positions, interpolated."""
     write(tmp_path / "davis", "bands")
     checkpoint = save("run")
-    subject, _ = load(checkpoint, davis__data_dir=str(tmp_path / "davis"), davis__short_side=64)
-    rows = patchwise.davis(subject, subject.workdir / "x.davis.json")
-    assert {*rows} == {"checkpoint", "untrained", "raw pixels"}
+    chosen, frozen, _ = load(checkpoint, davis__data_dir=str(tmp_path / "davis"), davis__short_side=64)
+    rows = chosen.davis.run(frozen, tmp_path / "x")
+    assert {*rows} == {"trained", "untrained", "raw pixels"}
     for row in rows.values():
-        assert row["J&F %"] == pytest.approx((row["J %"] + row["F %"]) / 2) and 0 < row["J&F %"] <= 1
+        assert row["J&F"] == pytest.approx((row["J"] + row["F"]) / 2) and 0 < row["J&F"] <= 1
         assert [*row["objects"]] == ["bands"] and len(row["objects"]["bands"]["J"]) == 2
-    assert rows["raw pixels"]["J&F %"] == 1  # a patch looks like itself and no other
+    assert rows["raw pixels"]["J&F"] == 1  # a patch looks like itself and no other
     columns, title = drawn["x.davis.png"]
     assert "bands" in title and [*columns] == ["first frame, given", *(f"{i}/3 of the video" for i in (1, 2, 3))]
     assert {frame.shape for frames in columns.values() for frame in frames} == {(64, 128, 3)}
@@ -161,9 +160,9 @@ def test_davis_of_a_checkpoint(save, load, drawn, tmp_path):
 def test_frames_are_encoded_at_positions_interpolated_as_pytorch_does(save, load):
     """From 4 x 4 patches to 16 x 32: with PyTorch's table added to the patches, and none of its own, the same."""
     checkpoint = save("run")
-    subject, _ = load(checkpoint, baselines=False)
+    _, frozen, _ = load(checkpoint, baselines=False)
     frames = np.random.default_rng(0).integers(0, 256, (8, 64, 128, 3), np.uint8)
-    found = patchwise._encode(subject, "checkpoint")(subject.params["checkpoint"], frames)
+    found = davis.patch_features(frozen, "trained")(frozen.params["trained"], frames)
 
     table = torch.tensor(sincos_positions(16, 4)).T.reshape(1, 16, 4, 4)
     wide = torch.nn.functional.interpolate(table, size=(16, 32), mode="bicubic")[0].reshape(16, 512).T.numpy()
@@ -177,5 +176,5 @@ def test_frames_are_encoded_at_positions_interpolated_as_pytorch_does(save, load
     for i in range(2):
         x = Block(2, 4, "fan_in", np.dtype("float32")).apply({"params": params[f"block{i:02}"]}, x)
     np.testing.assert_allclose(found, layer_norm(x, params=params["norm"]), atol=1e-4)
-    pixels = patchwise._encode(subject, "raw pixels")({}, frames)
+    pixels = davis.patch_features(frozen, "raw pixels")({}, frames)
     np.testing.assert_allclose(pixels, patchify((frames / 255 - 0.5) / 0.25, 4), atol=1e-5)

@@ -1,5 +1,6 @@
 """The stream of batches against what it promises."""
 
+import copy
 import itertools
 import json
 import os
@@ -13,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cjepa_jax.config import UserError
-from cjepa_jax.data import pipeline, sources
-from cjepa_jax.data.decode import UnreadableError
+from cjepa_jax.data import decode, pipeline, sources
+from cjepa_jax.data.augment import Augmentation, augment
+from cjepa_jax.errors import UserError
 
 
 class Colours:
@@ -37,14 +38,14 @@ def colours(count, bad=()):
 
 
 def indices(batches):
-    """Of colours, [..., H, W, 3] -> [...]."""
+    """Returns the numbers [...] that the colours of images [..., H, W, 3] stand for."""
     assert (batches == batches[..., :1, :1, :]).all()
     return (batches[..., 0, 0, :].astype(int) * (65536, 256, 1)).sum(axis=-1)
 
 
 @pytest.fixture
 def make_data(make_config):
-    """12 images a batch, RGB, and overrides."""
+    """Returns settings with 12 RGB images per batch, and overrides."""
 
     def make(**overrides):
         settings = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "image_size": 4, "batch_size": 12}
@@ -55,9 +56,9 @@ def make_data(make_config):
 
 
 def take(count, source, data, seed=0, **where):
-    """The batches [count, B, H, W, C]."""
+    """Returns the batches [count, B, H, W, C]."""
     batches = pipeline.train_batches(pipeline.Reader(source, data), seed=seed, **where)
-    return np.stack(list(itertools.islice(batches, count)))
+    return np.stack([batch.images for batch in itertools.islice(batches, count)])
 
 
 @pytest.mark.parametrize("decoder", ["fast", "pillow"])
@@ -106,12 +107,13 @@ def test_each_process_takes_its_rows_of_the_global_batches(make_data, processes,
 SHARE = """
 import json, sys
 from cjepa_jax.config import Data
-from cjepa_jax.data import pipeline, sources
+from cjepa_jax.data import decode, pipeline, sources
+from cjepa_jax.data.augment import Augmentation, augment
 data, start, count, rows = json.loads(sys.argv[1])
 data = Data(**{key: tuple(v) if isinstance(v, list) else v for key, v in data.items()})
 reader = pipeline.Reader(sources.load(data, "train[:100]"), data)
 batches = pipeline.train_batches(reader, seed=5, start=start, rows=rows)
-print(json.dumps([next(batches).tolist() for _ in range(count)]))
+print(json.dumps([next(batches).images.tolist() for _ in range(count)]))
 """
 
 
@@ -181,8 +183,112 @@ def test_an_image_is_read_by_several_threads_at_once(make_data, threads):
 
     data = make_data(batch_size=40, threads=threads, prefetch=2)
     reader = pipeline.Reader(sources.Source(Meeting(1000), "", (), str), data)
-    assert len(next(pipeline.train_batches(reader, seed=0))) == 40
+    assert len(next(pipeline.train_batches(reader, seed=0)).images) == 40
     assert set(together) == set(range(threads))
+
+
+# Views
+
+PLAIN = Augmentation((0.3, 1.0), (3 / 4, 4 / 3))
+
+
+@pytest.fixture
+def photos():
+    """Twelve images of noise, so that every crop tells what it was cut from."""
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 30, 40, 3), np.uint8)
+    return sources.from_arrays(pixels, np.arange(12))
+
+
+class Recording(pipeline.Reader):
+    """Keeps a copy of each image's generator, in the state in which its first box is drawn."""
+
+    def __init__(self, source, data):
+        super().__init__(source, data)
+        self.generators = {}
+
+    def crops(self, index, choose_boxes):
+        self.generators.setdefault(index, copy.deepcopy(choose_boxes[0].keywords["rng"]))
+        return super().crops(index, choose_boxes)
+
+
+@pytest.mark.parametrize("views", [None, [Augmentation((0.3, 1.0), (3 / 4, 4 / 3), 0.5, 1.0, 0.5), PLAIN]])
+def test_a_batch_is_what_the_public_functions_make_of_its_images(make_data, photos, views):
+    data = make_data(image_size=8, threads=1, prefetch=1)
+    reader = Recording(photos, data)
+    batch = next(pipeline.train_batches(reader, seed=4, views=views))
+    used = views or [Augmentation.of(data)]
+    for images, label in zip(batch.images, batch.labels, strict=True):
+        picture, rng = photos.read(label)["image"], reader.generators[label]
+        boxes = [decode.random_box(40, 30, scale=view.crop_scale, ratio=view.crop_ratio, rng=rng) for view in used]
+        crops = [
+            decode.crop(picture, lambda w, h, box=box: box, size=8, channels=3, decoder=data.decoder) for box in boxes
+        ]
+        expected = [augment(crop, view, rng) for crop, view in zip(crops, used, strict=True)]
+        np.testing.assert_array_equal(images, expected[0] if views is None else np.stack(expected))
+
+
+def test_one_view_is_the_crop_and_augmentation_of_the_settings(make_data, photos):
+    data = make_data(image_size=8, flip=0.5, color=0.5, blur=0.5)
+    given = take(3, photos, data, views=[Augmentation((0.3, 1.0), (3 / 4, 4 / 3), 0.5, 0.5, 0.5)])
+    np.testing.assert_array_equal(given, take(3, photos, data))
+
+
+def test_two_views_differ_from_each_other_and_from_batch_to_batch(make_data, photos):
+    data = make_data(image_size=8)
+    batches = take(4, photos, data, views=[PLAIN, PLAIN])
+    assert batches.shape == (4, 12, 2, 8, 8, 3)
+    assert len(np.unique(batches.reshape(4 * 12 * 2, -1), axis=0)) == 4 * 12 * 2
+    np.testing.assert_array_equal(batches[2:], take(2, photos, data, views=[PLAIN, PLAIN], start=2))
+    some = take(2, photos, make_data(image_size=8, threads=3), views=[PLAIN, PLAIN], rows=[1, 7])
+    np.testing.assert_array_equal(some, batches[:2, [1, 7]])
+
+
+def test_every_view_has_its_own_settings(make_data, photos):
+    whole = Augmentation((1.0, 1.0), (4 / 3, 4 / 3))  # the aspect ratio of the images
+    black = Augmentation((0.3, 1.0), (3 / 4, 4 / 3), distort=lambda pixels, rng: np.zeros_like(pixels))
+    data = make_data(image_size=8)
+    batch = next(pipeline.train_batches(pipeline.Reader(photos, data), seed=0, views=[whole, black, PLAIN]))
+    assert batch.images.shape == (12, 3, 8, 8, 3) and not batch.images[:, 1].any()
+    for views, label in zip(batch.images, batch.labels, strict=True):
+        picture = photos.read(label)["image"]
+        expected = decode.crop(picture, lambda w, h: (0, 0, w, h), size=8, channels=3, decoder=data.decoder)
+        np.testing.assert_array_equal(views[0], expected)
+        assert (views[2] != views[0]).any()
+
+
+def test_an_image_is_read_once_for_all_its_views(make_data):
+    records = Colours(30, bad={4})
+    read, lock = [], threading.Lock()
+
+    class Counting(Colours):
+        def __getitem__(self, index):
+            with lock:
+                read.append(index)
+            return records[index]
+
+    reader = pipeline.Reader(sources.Source(Counting(30), "", (), str), make_data(max_bad_fraction=0.1, batch_size=30))
+    batches = pipeline.train_batches(reader, seed=0, views=[PLAIN, PLAIN])
+    batch = next(batches)
+    first, second = indices(batch.images[:, 0]), indices(batch.images[:, 1])
+    np.testing.assert_array_equal(first, second)  # another image stands in for all views of a bad one
+    np.testing.assert_array_equal(first, batch.labels)
+    assert 4 not in first and reader.unreadable.keys() == {"4"}
+    batches.close()
+    assert len(read) <= 3 * 31 + 3  # three batches, of which each tries one bad image
+
+
+def test_labels_come_with_the_images(make_data):
+    data = make_data()
+    batch = next(pipeline.train_batches(pipeline.Reader(colours(30), data), seed=0))
+    np.testing.assert_array_equal(batch.labels, indices(batch.images))
+    assert batch.labels.dtype == np.int32
+    pipeline.check_labelled(batch)
+    bare = next(
+        pipeline.train_batches(pipeline.Reader(sources.from_arrays(np.zeros((30, 4, 4), np.uint8)), data), seed=0)
+    )
+    assert (bare.labels == pipeline.NO_LABEL).all()
+    with pytest.raises(UserError, match=r"data\.train_split holds images without a label"):
+        pipeline.check_labelled(bare)
 
 
 # Images that cannot be read
@@ -192,7 +298,7 @@ def test_another_image_stands_in_for_a_bad_one(make_data):
     data = make_data(max_bad_fraction=0.2)
     bad = {3, 11, 17}
     reader = pipeline.Reader(colours(30, bad), data)
-    batches = np.stack(list(itertools.islice(pipeline.train_batches(reader, seed=0), 10)))
+    batches = np.stack([batch.images for batch in itertools.islice(pipeline.train_batches(reader, seed=0), 10)])
     epochs, healthy = indices(batches).reshape(4, 30), indices(take(10, colours(30), data)).reshape(4, 30)
     assert not np.isin(epochs, list(bad)).any()
     np.testing.assert_array_equal(epochs[~np.isin(healthy, list(bad))], healthy[~np.isin(healthy, list(bad))])
@@ -213,7 +319,7 @@ def test_an_image_that_storage_does_not_give_is_bad_too(make_data):
             return super().__getitem__(index)
 
     reader = pipeline.Reader(sources.Source(Lost(30), "", (), str), make_data(max_bad_fraction=0.1))
-    batches = list(itertools.islice(pipeline.train_batches(reader, seed=0), 5))
+    batches = [batch.images for batch in itertools.islice(pipeline.train_batches(reader, seed=0), 5)]
     assert 4 not in indices(np.stack(batches))
     assert reader.unreadable == {"4": "OSError: [Errno 5] Input/output error"}
 
@@ -272,14 +378,14 @@ def test_images_have_the_channels_of_the_config(make_data, channels, decoder):
 
 def test_reading_says_what_happened(make_data):
     reader = pipeline.Reader(colours(30, {5}), make_data(max_bad_fraction=0.1))
-    with pytest.raises(UnreadableError, match="cannot identify"):
-        reader.crop(5, lambda w, h: (0, 0, w, h))
-    assert Image.fromarray(reader.crop(6, lambda w, h: (0, 0, w, h))[0]).size == (4, 4)
+    with pytest.raises(decode.UnreadableError, match="cannot identify"):
+        reader.crops(5, [lambda w, h: (0, 0, w, h)])
+    assert Image.fromarray(reader.crops(6, [lambda w, h: (0, 0, w, h)])[0][0]).size == (4, 4)
 
 
 @pytest.mark.slow
 def test_memory_stays_flat(make_data, tmp_path):
-    """2,000 batches of 256 at 224: resident memory after the first 100 batches and at the end."""
+    """600 batches of 256 at 224: resident memory after the first 100 batches and at the end."""
     rng = np.random.default_rng(0)
     for i in range(500):
         Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).resize((64, 64)).save(tmp_path / f"{i}.jpg")
@@ -287,9 +393,9 @@ def test_memory_stays_flat(make_data, tmp_path):
     data = make_data(source="folder", data_dir=str(tmp_path), image_size=224, batch_size=256, threads=0, prefetch=2)
     reader = pipeline.Reader(sources.load(data, "train"), data)
     batches, resident = pipeline.train_batches(reader, seed=0), []
-    for _ in range(2000):
+    for _ in range(600):
         next(batches)
         pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
         resident.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
-    print(f"resident MiB: {resident[0]:.0f} at first, {max(resident[:100]):.0f} of 100, {max(resident):.0f} of 2000")
+    print(f"resident MiB: {resident[0]:.0f} at first, {max(resident[:100]):.0f} of 100, {max(resident):.0f} of 600")
     assert max(resident[-100:]) < max(resident[:100]) + 64  # a batch has 37 MiB

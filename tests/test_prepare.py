@@ -14,16 +14,17 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from absl.testing import flagsaver
 from PIL import Image
 
-from cjepa_jax.config import UserError
-from cjepa_jax.data import prepare, sources
+from cjepa_jax.data import decode, prepare, shard_file, sources
+from cjepa_jax.errors import UserError
 
 BICUBIC, LANCZOS = Image.Resampling.BICUBIC, Image.Resampling.LANCZOS
 
 
 def picture(width, height, mode="RGB", seed=0):
-    """Smooth, so that JPEG changes it little."""
+    """Makes a smooth picture, which JPEG changes little."""
     channels = len(Image.new(mode, (1, 1)).getbands())
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, channels), np.uint8)
     bands = [Image.fromarray(coarse[..., i]).resize((width, height), BICUBIC) for i in range(channels)]
@@ -57,7 +58,7 @@ def in_hash_order(paths):
 
 
 def read(output, split="train"):
-    """(builder, records) as TFDS reads them."""
+    """Returns (builder, records) as TFDS reads them."""
     builder = tfds.builder_from_directory(output)
     return builder, list(builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()}))
 
@@ -68,7 +69,7 @@ def names(records):
 
 @pytest.fixture
 def shards_of_8(monkeypatch):
-    monkeypatch.setattr(prepare, "IMAGES_A_SHARD", 8)
+    monkeypatch.setattr(prepare, "IMAGES_PER_SHARD", 8)
 
 
 @pytest.fixture
@@ -80,7 +81,8 @@ def source(tmp_path):
 
 def command(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["prepare", *arguments])
-    prepare.main()
+    with flagsaver.flagsaver():  # main() defines flags, which another test may define anew
+        prepare.main()
 
 
 # What TFDS reads
@@ -173,7 +175,7 @@ def test_few_results_are_held(monkeypatch):
     ],
 )
 def test_small_images_stay_as_they_are(raw):
-    assert prepare.encode(raw, short_side=320, quality=90) == raw
+    assert decode.shrink_file(raw, short_side=320, quality=90) == raw
 
 
 GREY16 = Image.fromarray(np.asarray(picture(400, 500, "L")).astype(np.uint16) * 257)
@@ -202,7 +204,7 @@ GREY16 = Image.fromarray(np.asarray(picture(400, 500, "L")).astype(np.uint16) * 
 )
 @pytest.mark.parametrize("quality", [60, 90])
 def test_other_images_become_upright_jpegs_no_larger_than_asked(raw, expected, quality):
-    stored = Image.open(io.BytesIO(prepare.encode(raw, short_side=320, quality=quality)))
+    stored = Image.open(io.BytesIO(decode.shrink_file(raw, short_side=320, quality=quality)))
     expected = picture(400, 500, "L").point(lambda v: 255 * (v > 127)) if expected is None else expected
     if min(expected.size) > 320:
         factor = 320 / min(expected.size)
@@ -219,7 +221,7 @@ def test_other_images_become_upright_jpegs_no_larger_than_asked(raw, expected, q
 def test_shrinking_is_lanczos():
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (400, 500, 3), np.uint8))
     expected = encoded(noise.resize((400, 320), LANCZOS), quality=85)
-    assert prepare.encode(encoded(noise, "PNG"), short_side=320, quality=85) == expected
+    assert decode.shrink_file(encoded(noise, "PNG"), short_side=320, quality=85) == expected
 
 
 def damaged(raw):
@@ -254,7 +256,7 @@ def test_unreadable_files_are_left_out_and_listed(tmp_path, source, shards_of_8,
 
 
 def test_a_shard_may_be_empty(tmp_path, source, monkeypatch):
-    monkeypatch.setattr(prepare, "IMAGES_A_SHARD", 2)
+    monkeypatch.setattr(prepare, "IMAGES_PER_SHARD", 2)
     paths = in_hash_order(small_jpegs(20))
     fill(source, {path: b"" for path in (paths[:2] + paths[6:8])})
     prepare.prepare(str(source), str(tmp_path / "out"))
@@ -276,8 +278,8 @@ def test_too_many_unreadable_files_are_an_error(tmp_path, source):
 
 
 def run(source, output, hook):
-    """The preparation with shards of 8 images in a process of its own, after some code."""
-    code = f"import os, signal\nfrom cjepa_jax.data import prepare\nprepare.IMAGES_A_SHARD = 8\n{hook}\n"
+    """Runs the preparation with shards of 8 images in a process of its own, after some code."""
+    code = f"import os, signal\nfrom cjepa_jax.data import prepare\nprepare.IMAGES_PER_SHARD = 8\n{hook}\n"
     code += f"prepare.prepare({str(source)!r}, {str(output)!r}, threads=2)"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
 
@@ -296,7 +298,7 @@ def die_at(holder, name, call):
 @pytest.mark.parametrize(
     "where, finished",
     [
-        ("prepare, 'encode', 20", 2),  # at most 4 images are ahead of the writer
+        ("prepare.decode, 'shrink_file', 20", 2),  # at most 4 images are ahead of the writer
         ("os, 'replace', 1", 0),  # of prepare.json, before it has ever been there
         ("os, 'replace', 4", 1),  # of the second shard
         ("os, 'replace', 5", 1),  # of prepare.json, after the second shard
@@ -353,7 +355,7 @@ def test_a_damaged_shard_is_prepared_again(tmp_path, shards_of_8, damage, capsys
 def test_no_data_set_while_a_damaged_shard_is_prepared_again(tmp_path, source, shards_of_8, monkeypatch):
     prepare.prepare(str(source), str(tmp_path / "out"))
     (tmp_path / "out" / "out-train.array_record-00001-of-00003").unlink()
-    monkeypatch.setattr(prepare, "_write_shard", lambda *_: 1 / 0)
+    monkeypatch.setattr(shard_file, "write", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prepare.prepare(str(source), str(tmp_path / "out"))
     with pytest.raises(tfds.core.dataset_info.DatasetInfoFileError):
@@ -371,12 +373,12 @@ def test_what_was_written_is_read_back(tmp_path, source, shards_of_8, monkeypatc
         def close(self):
             self._writer.close()
 
-    real = prepare.ArrayRecordWriter
-    monkeypatch.setattr(prepare, "ArrayRecordWriter", Faulty)
+    real = shard_file.ArrayRecordWriter
+    monkeypatch.setattr(shard_file, "ArrayRecordWriter", Faulty)
     with pytest.raises(UserError, match=r"out-train\.array_record-00000-of-00003 does not hold .* same command again"):
         prepare.prepare(str(source), str(tmp_path / "out"))
     assert not (tmp_path / "out" / "out-train.array_record-00000-of-00003").exists()
-    monkeypatch.setattr(prepare, "ArrayRecordWriter", real)
+    monkeypatch.setattr(shard_file, "ArrayRecordWriter", real)
     prepare.prepare(str(source), str(tmp_path / "out"))
     assert len(read(tmp_path / "out")[1]) == 20
 
@@ -426,12 +428,12 @@ def test_another_command_for_the_same_output_is_refused(tmp_path, source, change
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--input={in}"], "required: --output"),
+        (["--input={in}"], "--output is missing"),
         (["--input={in}", "--output={out}", "--short-side=x"], "--short-side"),
         (["--input={in}", "--output={out}", "--short_side=0"], "--short-side must be at least 1"),
         (["--input={in}", "--output={out}", "--quality=101"], "--quality"),
         (["--input={in}", "--output={out}", "--threads=0"], "--threads"),
-        (["--input={in}", "--output={out}", "--size=3"], "--size"),
+        (["--input={in}", "--output={out}", "--size=3"], "'size'"),
         (["--input={in}", "--output="], "--output must be a local folder"),
         (["--input={in}", "--output=gs://bucket/set"], "--output must be a local folder"),
         (["--input={in}", "--output={in}"], "lies inside --input"),
@@ -451,6 +453,21 @@ def test_mistakes_are_one_line(tmp_path, source, arguments, message, monkeypatch
     shown = capsys.readouterr().err
     assert stop.value.code == 2 and shown.startswith("error: ") and shown.count("\n") == 1 and message in shown
     assert not (tmp_path / "out").exists()
+
+
+def test_help_is_the_docstring(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, "--help")
+    assert not stop.value.code and capsys.readouterr().out == prepare.__doc__.strip() + "\n"
+
+
+def test_an_interrupt_says_how_to_go_on(tmp_path, source, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare, "prepare", interrupt)
+    with pytest.raises(SystemExit, match="interrupted; the same command goes on from here"):
+        command(monkeypatch, f"--input={source}", f"--output={tmp_path / 'out'}")
 
 
 def test_a_name_that_tfds_would_change_is_refused(tmp_path, source):

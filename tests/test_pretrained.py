@@ -10,8 +10,8 @@ import pytest
 from etils import epath
 
 from cjepa_jax import pretrained
-from cjepa_jax.config import UserError
-from cjepa_jax.train import train
+from cjepa_jax.errors import UserError
+from cjepa_jax.train.loop import train
 
 ALL = ("encoder", "predictor", "target_encoder")
 
@@ -30,7 +30,7 @@ def same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def test_load_gives_the_towers_of_the_newest_checkpoint(trained):
+def test_load_gives_the_networks_of_the_newest_checkpoint(trained):
     workdir, state = trained
     loaded = pretrained.load(workdir, ALL)
     assert loaded.step == 4
@@ -38,7 +38,7 @@ def test_load_gives_the_towers_of_the_newest_checkpoint(trained):
     assert loaded.image_size == 8 and len(loaded.mean) == len(loaded.std) == 1
     same(loaded.params["encoder"], state.params["encoder"])
     same(loaded.params["predictor"], state.params["predictor"])
-    same(loaded.params["target_encoder"], state.target_params)
+    same(loaded.params["target_encoder"], state.averages["target_encoder"])
     assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(loaded.params))
 
 
@@ -47,7 +47,7 @@ def test_load_of_one_checkpoint_reads_what_is_asked_only(trained):
     loaded = pretrained.load(workdir / "checkpoints" / "2", ("target_encoder",))
     assert loaded.step == 2 and loaded.params.keys() == {"target_encoder"}
     with pytest.raises(AssertionError):
-        same(loaded.params["target_encoder"], state.target_params)
+        same(loaded.params["target_encoder"], state.averages["target_encoder"])
 
 
 def test_save_and_load(trained, tmp_path):
@@ -64,10 +64,10 @@ def test_a_new_run_starts_from_another_ones_networks(trained, tmp_path, make_con
     config = make_config(data__train_split="train[64:80]", optim__epochs=1.0, optim__warmup_epochs=0.0, **frozen)
     state = train(config, epath.Path(tmp_path / "run"), init=trained[0])
     assert int(state.step) == 1
-    for tower in ("encoder", "predictor"):
-        same(state.params[tower], trained[1].params[tower])
+    for name in ("encoder", "predictor"):
+        same(state.params[name], trained[1].params[name])
     with pytest.raises(AssertionError):
-        same(state.target_params, state.params["encoder"])  # the average came along, too
+        same(state.averages["target_encoder"], state.params["encoder"])  # the average came along, too
 
 
 def test_another_architecture_is_listed_by_name(trained, tmp_path, make_config):

@@ -12,8 +12,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from cjepa_jax.config import UserError
 from cjepa_jax.data import folder, pipeline, sources
+from cjepa_jax.errors import UserError
 
 
 def encoded(image, form="png"):
@@ -208,7 +208,7 @@ def test_a_folder_feeds_batches(make_data, tmp_path):
     assert source.classes == ("cat", "dog") and source.name(0) == str(
         tmp_path / folder.scan(str(tmp_path)).splits["train"][0].path
     )
-    batch = next(pipeline.train_batches(pipeline.Reader(source, data), seed=0))
+    batch = next(pipeline.train_batches(pipeline.Reader(source, data), seed=0)).images
     np.testing.assert_array_equal(np.sort(batch[:, 0, 0, 0]), np.arange(16))
     parts = [sources.load(data, split) for split in ("train[:25%]", "train[25%:]")]
     assert [len(part) for part in parts] == [4, 12]
@@ -299,7 +299,7 @@ def test_tfds_feeds_batches(tiny):
     reader = pipeline.Reader(sources.load(tiny, "train"), tiny)
     batches = pipeline.train_batches(reader, seed=0)
     for _ in range(3):
-        np.testing.assert_array_equal(np.sort(next(batches)[:, 0, 0, 2]), np.arange(12))
+        np.testing.assert_array_equal(np.sort(next(batches).images[:, 0, 0, 2]), np.arange(12))
 
 
 def test_tfds_takes_split_expressions(tiny):

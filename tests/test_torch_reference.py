@@ -22,9 +22,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from torch import nn
 from torch.nn import functional as F
 
-from cjepa_jax.masking import sample_masks
-from cjepa_jax.parsing import parse
-from cjepa_jax.step import Method, init_state, train_step
+from cjepa_jax.batch import Batch
+from cjepa_jax.methods.cjepa import CJEPA, CJEPAConfig
+from cjepa_jax.models.masking import sample_masks
+from cjepa_jax.settings import parse
+from cjepa_jax.train import optimizer
+from cjepa_jax.train.step import init_state, train_step
 from configs.digits import get_config
 from tests.torch_ijepa import Block, positions_2d
 
@@ -41,12 +44,13 @@ CONTEXT_TARGET = {"vicreg": {"views": "context_target"}}
 SMALL_SPREAD = {"vicreg": {"gamma": 0.15}}  # what the hinge needs to be open and shut without a projector
 WEIGHT_0 = {"vicreg": {"weight": 0.0}}
 L2 = {"loss": {"kind": "l2"}}
+NO_OFFSET = {"optim": {"schedule_offset": 0}}  # as before the setting existed
 CASES = {
     "blocks-identity-corrected": (SMALL_SPREAD,),
     "blocks-mlp-released": (MLP, RELEASED),
     "context-identity-released": (CONTEXT_TARGET, RELEASED),
     "context-mlp-corrected": (CONTEXT_TARGET, MLP),
-    "weight0-blocks-identity-corrected": (WEIGHT_0, SMALL_SPREAD),
+    "weight0-blocks-identity-corrected": (WEIGHT_0, SMALL_SPREAD, NO_OFFSET),
     "weight0-context-mlp-released-l2": (WEIGHT_0, CONTEXT_TARGET, MLP, RELEASED, L2),
 }
 
@@ -101,8 +105,8 @@ def _config(*overrides):
     }
     for layer in (small, *overrides):
         for group, values in layer.items():
-            settings[group] |= values
-    return parse(settings)
+            settings.setdefault(group, {}).update(values)
+    return parse(settings, CJEPAConfig)
 
 
 # The reference: networks, for one image or one sequence at a time.
@@ -203,13 +207,14 @@ def schedules(number, config):
 
     optim, ema = config.optim, config.ema
     warmup = round(RUN_LENGTH * optim.warmup_epochs / optim.epochs)
-    if number < warmup:
-        lr = optim.learning_rate_start + (optim.learning_rate - optim.learning_rate_start) * number / warmup
+    at = number + optim.schedule_offset  # the released code advances its schedules before it uses them, but the EMA's
+    if at < warmup:
+        lr = optim.learning_rate_start + (optim.learning_rate - optim.learning_rate_start) * at / warmup
     else:
-        lr = cosine(optim.learning_rate, optim.learning_rate_end, (number - warmup) / (RUN_LENGTH - warmup))
+        lr = cosine(optim.learning_rate, optim.learning_rate_end, (at - warmup) / (RUN_LENGTH - warmup))
     return {
         "lr": lr,
-        "weight_decay": cosine(optim.weight_decay_start, optim.weight_decay_end, number / RUN_LENGTH),
+        "weight_decay": cosine(optim.weight_decay_start, optim.weight_decay_end, at / RUN_LENGTH),
         "ema_momentum": ema.start + (ema.end - ema.start) * number / RUN_LENGTH,
     }
 
@@ -398,7 +403,7 @@ def _value(random, name, shape):
 
 def _start(method, random):
     """A state of the shapes of the initial one, with other values; the target is not a copy of the encoder."""
-    shapes = jax.eval_shape(lambda: init_state(jax.random.key(0), method))
+    shapes = jax.eval_shape(lambda: init_state(jax.random.key(0), method=method, steps=RUN_LENGTH))
 
     def values(**trees):
         flat = flatten_dict(trees, sep="/")
@@ -407,12 +412,12 @@ def _start(method, random):
 
     params = values(**shapes.params)
     params.setdefault("projector", {})
-    target_params = values(target=shapes.target_params)["target"]
+    target_params = values(target=shapes.averages["target_encoder"])["target"]
     return shapes.replace(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        target_params=target_params,
-        opt_state=method.optimizer.init(params),
+        averages={"target_encoder": target_params},
+        opt_state=optimizer.build(method, RUN_LENGTH, params).init(params),
     )
 
 
@@ -424,7 +429,8 @@ def _run_ours(method, state, images):
         masks = sample_masks(
             jax.random.fold_in(rng, state.step), method.config.mask, grid=method.config.grid, batch=BATCH
         )
-        return masks, train_step(state, images, rng, method=method)
+        batch = Batch(images, jnp.zeros(BATCH, jnp.int32))
+        return masks, train_step(state, batch, rng, method=method, steps=RUN_LENGTH)
 
     run, all_masks = Run(), []
     for batch in images:
@@ -435,12 +441,12 @@ def _run_ours(method, state, images):
         if not run.gradient:  # Adam's first moment is now (1 - beta1) times the gradient
             moments = _leaves(**optax.tree.get(state.opt_state, "mu"))
             run.gradient = {name: leaf / (1 - method.config.optim.beta1) for name, leaf in moments.items()}
-    run.final = _leaves(**state.params, target=state.target_params)
+    run.final = _leaves(**state.params, target=state.averages["target_encoder"])
     return run, all_masks
 
 
 def _run_reference(config, state, images, masks):
-    leaves = flatten_dict({**state.params, "target": state.target_params}, sep="/")
+    leaves = flatten_dict({**state.params, "target": state.averages["target_encoder"]}, sep="/")
     training = TorchTraining(config)
     training.load_state_dict({_torch_name(name): _to_torch(name, np.asarray(x)) for name, x in leaves.items()})
     parameters = dict(training.named_parameters())
@@ -472,11 +478,11 @@ def one_torch_thread():
 def case(request):
     config = _config(*CASES[request.param])
     random = np.random.default_rng(0)
-    method, images = Method(config, RUN_LENGTH), _images(random)
+    method, images = CJEPA(config), _images(random)
     start = _start(method, random)
     ours, masks = _run_ours(method, start, images)
     reference = _run_reference(config, start, images, masks)
-    return Case(config, _leaves(**start.params, target=start.target_params), masks, ours, reference)
+    return Case(config, _leaves(**start.params, target=start.averages["target_encoder"]), masks, ours, reference)
 
 
 def _error(ours, reference):

@@ -1,1 +1,1 @@
-"""Speed, measured on the machine at hand."""
+"""Measures speed on the machine at hand."""

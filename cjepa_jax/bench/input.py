@@ -1,38 +1,44 @@
-"""How fast images reach the devices.
+"""Measures how fast images can reach the devices.
 
     python -m cjepa_jax.bench.input --images=FOLDER
 
-Reads a folder of images as it is and, after `cjepa_jax.data.prepare`, from
-shards; against torchvision's recipe (Pillow: decode, crop, bilinear resize) on the
-same files and the same boxes. All ways take turns, several rounds; the table
-shows medians. "Loop" is a bare loop over decoding and cropping, "pipeline" is what
-training reads from.
+--images=FOLDER   JPEG files, however nested
+--size=224        pixels on a side of a crop
+--count=320       images that are read
+--short-side=256  pixels of the short side of a prepared image
+--rounds=7        turns that each way takes
+
+The command reads a folder of images as it is and, after `cjepa_jax.data.prepare`,
+from shards. It compares both with torchvision's recipe (Pillow: decode, crop,
+bilinear resize) on the same files and the same boxes. All ways take turns for
+several rounds, and the table shows medians. "Loop" is a bare loop over decoding and
+cropping; "pipeline" is what training reads from.
 """
 
-import argparse
 import dataclasses
 import io
 import math
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from absl import logging
+from absl import flags
 from PIL import Image
 
-from cjepa_jax.config import Data, UserError
+from cjepa_jax import command
+from cjepa_jax.config import Data
 from cjepa_jax.data import decode, folder, pipeline, prepare, sources
+from cjepa_jax.errors import require
 
 BATCH = 32
 _FILLING = 3  # batches taken before the clock starts
 REPEATS = 3000  # of the folder: Grain shuffles a set of a few hundred images several times as slowly as a million
 # Estimates, not measurements: FLOPs of one training image of configs/vitb16.py, and the share of a chip's peak that a
 # good step reaches.
-GIGAFLOPS_AN_IMAGE = 109
+GIGAFLOPS_PER_IMAGE = 109
 USE = 0.45
 CONSUMERS = {  # name -> (bfloat16 TFLOP/s of all chips, vCPUs)
     "TPU v5e host, 4 chips": (4 * 197, 112),
@@ -53,22 +59,22 @@ class _Repeated(Sequence[sources.Record]):
 
 
 class _Recorder(pipeline.Reader):
-    """Remembers which image was cropped how."""
+    """Remembers which box was cropped from which image."""
 
     def __init__(self, source: sources.Source, data: Data):
         super().__init__(source, data)
-        self.crops: list[tuple[int, decode.Box]] = []
+        self.boxes: list[tuple[int, decode.CropBox]] = []
 
-    def crop(self, index, choose_box):
+    def crops(self, index, choose_boxes):
         def choose(width, height):
-            self.crops.append((index, choose_box(width, height)))
-            return self.crops[-1][1]
+            self.boxes.append((index, choose_boxes[0](width, height)))
+            return self.boxes[-1][1]
 
-        return super().crop(index, choose)
+        return super().crops(index, [choose])
 
 
 class Bench:
-    """The ways to read one split of a source."""
+    """Holds the ways to read one split of a source."""
 
     def __init__(self, data_dir: str, size: int, count: int, **where: str):
         self._settings = dict(
@@ -87,13 +93,13 @@ class Bench:
         for _ in range(first + self.batches):
             next(stream)
         stream.close()
-        self._crops = recorder.crops[first * BATCH : (first + self.batches) * BATCH]
+        self._boxes = recorder.boxes[first * BATCH : (first + self.batches) * BATCH]
 
     def _data(self, threads: int) -> Data:
         return Data(threads=threads, **self._settings)  # type: ignore[arg-type]
 
     def torchvision(self) -> list[np.ndarray]:
-        """Crops, by Pillow."""
+        """Crops all boxes with Pillow, as torchvision does."""
         return [
             np.asarray(
                 Image.open(io.BytesIO(self._source.records[index]["image"]))
@@ -101,11 +107,11 @@ class Bench:
                 .crop(box)
                 .resize((self._size, self._size), Image.Resampling.BILINEAR)
             )
-            for index, box in self._crops
+            for index, box in self._boxes
         ]
 
     def loop(self) -> list[np.ndarray]:
-        """Crops, by the fast decoder."""
+        """Crops all boxes with the fast decoder, in a bare loop."""
         return [
             decode.crop(
                 self._source.records[index]["image"],
@@ -114,11 +120,11 @@ class Bench:
                 channels=3,
                 decoder="fast",
             )
-            for index, box in self._crops
+            for index, box in self._boxes
         ]
 
     def pipeline(self, threads: int) -> Callable[[], None]:
-        """Runs the pipeline for as many images as the loops take; it has been filled before the clock starts."""
+        """Returns a function that takes as many images from the pipeline as the loops read; the pipeline is filled."""
 
         def run() -> None:
             for _ in range(self.batches):
@@ -173,12 +179,12 @@ def measure(images: str, *, size: int, count: int, short_side: int, rounds: int)
         timed = stored["files"].batches * BATCH
     speed = {name: timed / statistics.median(values) for name, values in seconds.items()}
     lines = [
-        f"{timed} images a round, of {len(files)}, {rounds} rounds, crops of {size} pixels, {cores} cores",
-        f"{'':30} {'images/s':>9} {'a core':>8} {'x torchvision, a core':>22}",
+        f"{timed} images per round, of {len(files)}, {rounds} rounds, crops of {size} pixels, {cores} cores",
+        f"{'':30} {'images/s':>9} {'per core':>8} {'x torchvision, per core':>23}",
     ]
     for name, value in speed.items():
-        a_core = value / (cores if name.endswith(f"{cores} threads") else 1)
-        lines.append(f"{name:30} {value:9.0f} {a_core:8.0f} {a_core / speed['torchvision']:22.2f}")
+        per_core = value / (cores if name.endswith(f"{cores} threads") else 1)
+        lines.append(f"{name:30} {value:9.0f} {per_core:8.0f} {per_core / speed['torchvision']:23.2f}")
     for name, decibels in fidelity.items():
         lines.append(f"{name}: PSNR to torchvision's crops of the files is {decibels:.1f} dB in the median")
     for name in stored:
@@ -187,9 +193,9 @@ def measure(images: str, *, size: int, count: int, short_side: int, rounds: int)
         if cores > 1:
             all_cores = speed[f"{name}, pipeline, {cores} threads"]
             lines.append(f"{name}: {cores} threads are {all_cores / one:.2f} times as fast as one")
-    lines.append(f"\nto train B/16 (estimate: {GIGAFLOPS_AN_IMAGE} GFLOP an image, {USE:.0%} of the chips' peak)")
+    lines.append(f"\nto train B/16 (estimate: {GIGAFLOPS_PER_IMAGE} GFLOP per image, {USE:.0%} of the chips' peak)")
     for consumer, (teraflops, cpus) in CONSUMERS.items():
-        need = teraflops * USE * 1000 / GIGAFLOPS_AN_IMAGE
+        need = teraflops * USE * 1000 / GIGAFLOPS_PER_IMAGE
         by = {name: need / speed[f"{name}, pipeline, {cores} threads"] * cores for name in stored}
         fed = ", ".join(f"{value:.1f} from {name}" for name, value in by.items())
         lines.append(f"{consumer}, {cpus} vCPUs: {need:.0f} images/s; cores like these: {fed}")
@@ -197,28 +203,20 @@ def measure(images: str, *, size: int, count: int, short_side: int, rounds: int)
 
 
 def main() -> None:
-    """Exit code 0; 2 after a mistake that the user can mend."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", required=True, metavar="FOLDER", help="JPEG files, however nested")
-    parser.add_argument("--size", type=int, default=224, help="pixels a side of the crops")
-    parser.add_argument("--count", type=int, default=320, help="images that are read")
-    parser.add_argument("--short-side", type=int, default=256, help="of the prepared images")
-    parser.add_argument("--rounds", type=int, default=7)
-    arguments = parser.parse_args()
-    logging.set_verbosity("error")
-    try:
-        print(
-            measure(
-                arguments.images,
-                size=arguments.size,
-                count=arguments.count,
-                short_side=arguments.short_side,
-                rounds=arguments.rounds,
-            )
-        )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    """Runs the command; exit code 0, 2 after a mistake that the user can mend, 1 after any other error."""
+    images = flags.DEFINE_string("images", None, "The folder of images.")
+    size = flags.DEFINE_integer("size", 224, "Pixels on a side of a crop.", lower_bound=1)
+    count = flags.DEFINE_integer("count", 320, "Images that are read.", lower_bound=1)
+    short_side = flags.DEFINE_integer("short-side", 256, "Pixels of the short side of a prepared image.", lower_bound=1)
+    flags.DEFINE_alias("short_side", "short-side")
+    rounds = flags.DEFINE_integer("rounds", 7, "Turns that each way takes.", lower_bound=1)
+
+    def body() -> None:
+        require(bool(images.value), "--images is missing; --help explains the command")
+        options = {"size": size.value, "count": count.value, "short_side": short_side.value, "rounds": rounds.value}
+        print(measure(str(images.value), **options))
+
+    command.run(body, __doc__)
 
 
 if __name__ == "__main__":

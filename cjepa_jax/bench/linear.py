@@ -1,23 +1,31 @@
-"""How much faster a grid of linear probes trains at once than member by member.
+"""Measures how much faster a grid of linear probes trains at once than member by member.
 
     python -m cjepa_jax.bench.linear
 
-Both ways see the same shuffled batches of the same cached features, random ones, and take turns;
-each is compiled and warm before the clock starts. The table shows medians.
+--images=20000    rows of features
+--width=768       features in a row
+--classes=10      classes of the labels
+--members=18      probes in the grid
+--batch-size=256  rows in a batch
+--rounds=5        epochs that are timed
+
+Both ways see the same shuffled batches of the same cached features, which are random,
+and take turns; each is compiled and warm before the clock starts. The table shows medians.
 """
 
-import argparse
 import statistics
 import time
 
 import jax
 import numpy as np
+from absl import flags
 
-from cjepa_jax.evaluate import linear
+from cjepa_jax import command
+from cjepa_jax.evaluate import linear_grid
 
 
 def measure(*, images: int, width: int, classes: int, members: int, batch_size: int, rounds: int) -> str:
-    """Times one epoch of either way."""
+    """Times one epoch of each way, in turns, and returns the table of medians."""
     rng = np.random.default_rng(0)
     features = rng.normal(size=(images, width)).astype(np.float32)
     labels = rng.integers(0, classes, images).astype(np.int32)
@@ -29,7 +37,7 @@ def measure(*, images: int, width: int, classes: int, members: int, batch_size: 
 
     def fit(order: np.ndarray, chosen: slice) -> None:
         grid = {"x": (rates[chosen], decays[chosen])}
-        jax.block_until_ready(linear.fit([epoch(order)], grid, decay_every=1, classes=classes))
+        jax.block_until_ready(linear_grid.fit([epoch(order)], grid, decay_every=1, classes=classes))
 
     def one_by_one(order: np.ndarray) -> None:
         for i in range(members):
@@ -56,15 +64,17 @@ def measure(*, images: int, width: int, classes: int, members: int, batch_size: 
 
 
 def main() -> None:
-    """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=20_000)
-    parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--classes", type=int, default=10)
-    parser.add_argument("--members", type=int, default=18)
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=5)
-    print(measure(**vars(parser.parse_args())))
+    """Runs the command; exit code 0, 2 after a mistake that the user can mend, 1 after any other error."""
+    numbers = [
+        flags.DEFINE_integer("images", 20_000, "Rows of features.", lower_bound=1),
+        flags.DEFINE_integer("width", 768, "Features in a row.", lower_bound=1),
+        flags.DEFINE_integer("classes", 10, "Classes of the labels.", lower_bound=1),
+        flags.DEFINE_integer("members", 18, "Probes in the grid.", lower_bound=1),
+        flags.DEFINE_integer("batch-size", 256, "Rows in a batch.", lower_bound=1),
+        flags.DEFINE_integer("rounds", 5, "Epochs that are timed.", lower_bound=1),
+    ]
+    flags.DEFINE_alias("batch_size", "batch-size")
+    command.run(lambda: print(measure(**{number.name.replace("-", "_"): number.value for number in numbers})), __doc__)
 
 
 if __name__ == "__main__":

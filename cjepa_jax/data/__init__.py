@@ -1,1 +1,1 @@
-"""Images from where they are stored to uint8 batches."""
+"""Reads images from where they are stored and makes uint8 batches of them."""

@@ -1,30 +1,61 @@
-"""Flip, colour and blur of one crop, off in the paper's recipe: Pillow's operations, as torchvision applies them."""
+"""Makes one random view of an image: its crop, flip, colour and blur.
+
+All but the crop are off in the paper's recipe. The operations are Pillow's, used as torchvision uses them.
+"""
+
+import dataclasses
+from collections.abc import Callable
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image, ImageEnhance, ImageFilter
 
 from cjepa_jax.config import Data
 
+Pixels = UInt8[np.ndarray, "H W C"]
+Distort = Callable[[Pixels, np.random.Generator], Pixels]
 
-def augment(pixels: np.ndarray, data: Data, rng: np.random.Generator) -> np.ndarray:
-    """[H, W, C] uint8 -> the same, after a flip with probability `data.flip`, SimCLR's colours and its blur.
 
-    Colours of strength s = `data.color`: with probability 0.8 brightness,
-    contrast and saturation by factors within 1 +- 0.8 s and hue by up to 0.2 s of
-    the circle, in random order; then grey with probability 0.2. The blur comes
-    with probability `data.blur`, its radius uniform in [0.1, 2] pixels.
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """Describes the random crop of one view, and what is done to it."""
+
+    crop_scale: tuple[float, float]  # random-resized crop: share of the image's area
+    crop_ratio: tuple[float, float]  # and its aspect ratio, drawn in log space
+    flip: float = 0.0  # probability of a horizontal flip
+    color: float = 0.0  # strength of SimCLR's colour distortion; 1 is SimCLR's own
+    blur: float = 0.0  # probability of SimCLR's Gaussian blur
+    distort: Distort | None = None  # is applied last, for example RandAugment
+
+    @classmethod
+    def of(cls, data: Data) -> "Augmentation":
+        """Returns the augmentation that the group `data` of the settings describes."""
+        return cls(data.crop_scale, data.crop_ratio, data.flip, data.color, data.blur)
+
+
+def augment(pixels: Pixels, augmentation: Augmentation, rng: np.random.Generator) -> Pixels:
+    """Returns the crop after a random flip, SimCLR's colours, its blur, and `augmentation.distort`.
+
+    Colours of strength s = `augmentation.color`: with probability 0.8, brightness,
+    contrast and saturation change by factors within 1 +- 0.8 s and hue by up to
+    0.2 s of the circle, in random order; then the crop becomes grey with
+    probability 0.2. The radius of the blur is uniform in [0.1, 2] pixels.
     """
-    if not (data.flip or data.color or data.blur):
-        return pixels
+    if augmentation.flip or augmentation.color or augmentation.blur:
+        pixels = _flip_color_blur(pixels, augmentation, rng)
+    return augmentation.distort(pixels, rng) if augmentation.distort else pixels
+
+
+def _flip_color_blur(pixels: Pixels, augmentation: Augmentation, rng: np.random.Generator) -> Pixels:
     image = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
-    if rng.uniform() < data.flip:
+    if rng.uniform() < augmentation.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if data.color:
+    if augmentation.color:
         if rng.uniform() < 0.8:
-            image = _jitter(image, data.color, rng)
+            image = _jitter(image, augmentation.color, rng)
         if rng.uniform() < 0.2:
             image = image.convert("L").convert("RGB")
-    if rng.uniform() < data.blur:
+    if rng.uniform() < augmentation.blur:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0)))
     return np.asarray(image).reshape(pixels.shape)
 

@@ -1,4 +1,4 @@
-"""One picture: decode, crop, resize with antialiasing. Runs in loader threads.
+"""Decodes one picture, crops it, resizes the crops with antialiasing, and shrinks files. Runs in threads.
 
 A picture is the bytes of an image file, or pixels [H, W] or [H, W, 3] uint8.
 EXIF orientation is applied, transparency is laid on white, 16 bits become 8, and
@@ -7,15 +7,18 @@ of an animation the first frame counts.
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import cv2
 import numpy as np
 import simplejpeg
+from jaxtyping import Float32, UInt8
 from PIL import Image, ImageOps
 
-Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
+CropBox = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
+ChooseBox = Callable[[int, int], CropBox]  # width and height of the upright picture -> the box to crop
+Crop = UInt8[np.ndarray, "size size C"]
 Decoder = Literal["fast", "pillow"]
 
 MAX_PIXELS = 2**27  # of one picture; decoded, that is 400 MB a thread
@@ -25,45 +28,48 @@ cv2.setNumThreads(1)  # the loader's threads are parallel already
 
 
 class UnreadableError(ValueError):
-    """A picture that cannot be decoded, and why."""
+    """Says why a picture cannot be decoded."""
 
 
-def crop(
-    picture: bytes | np.ndarray,
-    choose_box: Callable[[int, int], Box],
-    *,
-    size: int,
-    channels: int,
-    decoder: Decoder,
-) -> np.ndarray:
-    """The box `choose_box(width, height)` of the upright picture -> [size, size, channels] uint8.
+def crop(picture: bytes | np.ndarray, choose_box: ChooseBox, *, size: int, channels: int, decoder: Decoder) -> Crop:
+    """Returns one crop of a picture, as `crops` does.
 
-    Decoder "pillow" is torchvision's way, Pillow's `crop` and then its bilinear
-    `resize`; "fast" is simplejpeg and OpenCV with much the same filter.
+    Raises UnreadableError where the picture cannot be decoded.
+    """
+    return crops(picture, [choose_box], size=size, channels=channels, decoder=decoder)[0]
 
-    Raises UnreadableError.
+
+def crops(
+    picture: bytes | np.ndarray, choose_boxes: Sequence[ChooseBox], *, size: int, channels: int, decoder: Decoder
+) -> list[Crop]:
+    """Decodes the picture once, crops each box that is chosen from it, and resizes each crop.
+
+    The decoder "pillow" works as torchvision does: Pillow's `crop` and then its
+    bilinear `resize`. "fast" is simplejpeg and OpenCV with much the same filter.
+
+    Raises UnreadableError where the picture cannot be decoded.
     """
     try:
         if decoder == "fast":
-            pixels, box, shrink = _decode_fast(picture, choose_box, size, channels)
-            resized = _resize_fast(pixels, box, size, shrink)
+            pixels, boxes, shrink = _decode_fast(picture, choose_boxes, size, channels)
+            resized = [_resize_fast(pixels, box, size, shrink) for box in boxes]
         else:
             opened = open_picture(picture, channels)
-            # Not resize(box=...), whose filter sees the pixels just outside the box.
-            cropped = opened.crop(choose_box(*opened.size))
-            resized = np.asarray(cropped.resize((size, size), Image.Resampling.BILINEAR))
+            boxes = [choose_box(*opened.size) for choose_box in choose_boxes]
+            # resize(box=...) is not used because its filter sees the pixels just outside the box.
+            resized = [np.asarray(opened.crop(box).resize((size, size), Image.Resampling.BILINEAR)) for box in boxes]
     except UnreadableError:
         raise
     except Exception as error:  # a broken file makes the codecs raise almost anything
         reason = str(error).split(" <_io")[0]  # Pillow names the object in memory
         raise UnreadableError(f"{type(error).__name__}: {reason}") from error
-    return resized.reshape(size, size, channels)
+    return [pixels.reshape(size, size, channels) for pixels in resized]
 
 
 def open_picture(picture: bytes | np.ndarray, channels: int) -> Image.Image:
-    """The whole picture, upright, greyscale (1 channel) or RGB (3).
+    """Returns the whole picture, upright, in greyscale (1 channel) or RGB (3 channels).
 
-    Raises UnreadableError for too large a one; Pillow raises others.
+    Raises UnreadableError where the picture is too large; Pillow raises other errors for damaged files.
     """
     if isinstance(picture, np.ndarray):
         image = Image.fromarray(picture)
@@ -80,7 +86,7 @@ def open_picture(picture: bytes | np.ndarray, channels: int) -> Image.Image:
 
 
 def jpeg_size(picture: bytes) -> tuple[int, int] | None:
-    """(width, height) of a JPEG file that any decoder reads alike: grey or YCbCr, upright; else None."""
+    """Returns (width, height) of a JPEG file that all decoders read alike: grey or YCbCr, and upright; else None."""
     if not picture.startswith(b"\xff\xd8"):
         return None
     height, width, colours, _ = simplejpeg.decode_jpeg_header(picture)
@@ -91,13 +97,40 @@ def jpeg_size(picture: bytes) -> tuple[int, int] | None:
     return width, height
 
 
+def shrink_file(raw: bytes, *, short_side: int, quality: int) -> bytes:
+    """Returns the image file to store for an image file: itself where it is small enough, else a JPEG.
+
+    Raises UnreadableError or anything else that the codecs raise where the file is damaged.
+    """
+    size = jpeg_size(raw)
+    if size and math.prod(size) <= MAX_PIXELS:
+        grey = simplejpeg.decode_jpeg_header(raw)[2] == "Gray"
+        # Pillow would fill what is damaged with something.
+        pixels = simplejpeg.decode_jpeg(raw, "GRAY" if grey else "RGB", strict=True)
+        image, as_it_is = Image.fromarray(pixels[..., 0] if grey else pixels), True
+    else:
+        header = Image.open(io.BytesIO(raw))
+        image = open_picture(raw, 1 if Image.getmodebase(header.mode) == "L" else 3)
+        as_it_is = header.format in ("PNG", "WEBP", "BMP")
+    factor = short_side / min(image.size)
+    if as_it_is and factor >= 1:
+        return raw
+    if factor < 1:
+        width, height = (max(short_side, round(side * factor)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    return file.getvalue()
+
+
 def random_box(
     width: int, height: int, *, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
-) -> Box:
-    """(left, top, right, bottom) of a random-resized crop, as torchvision's RandomResizedCrop defines it.
+) -> CropBox:
+    """Draws the box of a random-resized crop, as torchvision's RandomResizedCrop defines it.
 
-    Area uniform in `scale`, aspect ratio in `ratio` uniform in its logarithm; ten
-    tries, then the largest central crop whose aspect ratio is in range.
+    The share of the area is uniform in `scale`, and the logarithm of the aspect
+    ratio is uniform in that of `ratio`. After ten boxes that do not fit, it
+    returns the largest central one whose aspect ratio is in range.
     """
     low, high = map(math.log, ratio)
     for _ in range(10):  # rng.random() takes a tenth of rng.uniform()'s time
@@ -113,8 +146,8 @@ def random_box(
     return left, top, left + w, top + h
 
 
-def central_box(width: int, height: int, *, fraction: float) -> Box:
-    """(left, top, right, bottom) of the central square whose side is `fraction` of the short side.
+def central_box(width: int, height: int, *, fraction: float) -> CropBox:
+    """Returns the box of the central square whose side is `fraction` of the short side.
 
     224 / 256 is the usual "resize the short side to 256, then crop 224" in one resampling.
     """
@@ -129,18 +162,19 @@ def _check_pixels(width: int, height: int) -> None:
 
 
 def _decode_fast(
-    picture: bytes | np.ndarray, choose_box: Callable[[int, int], Box], size: int, channels: int
-) -> tuple[np.ndarray, Box, int]:
-    """-> pixels, the box in the upright original, and by how much the pixels are smaller than the original."""
+    picture: bytes | np.ndarray, choose_boxes: Sequence[ChooseBox], size: int, channels: int
+) -> tuple[UInt8[np.ndarray, "h w *C"], list[CropBox], int]:
+    """Returns pixels, the boxes in the upright original, and by how much the pixels are smaller than the original."""
     found = jpeg_size(picture) if isinstance(picture, bytes) else None
     if found is None:
         opened = open_picture(picture, channels)
-        return np.asarray(opened), choose_box(*opened.size), 1
+        return np.asarray(opened), [choose_box(*opened.size) for choose_box in choose_boxes], 1
     width, height = found
     _check_pixels(width, height)
-    box = choose_box(width, height)
-    # A large crop is decoded at a half, a quarter or an eighth, which stays at least as large as the result.
-    shrink = max(f for f in (1, 2, 4, 8) if f == 1 or min(box[2] - box[0], box[3] - box[1]) >= f * size)
+    boxes = [choose_box(width, height) for choose_box in choose_boxes]
+    # Large crops are decoded at a half, a quarter or an eighth, which stays at least as large as the result.
+    shortest = min(min(right - left, bottom - top) for left, top, right, bottom in boxes)
+    shrink = max(factor for factor in (1, 2, 4, 8) if factor == 1 or shortest >= factor * size)
     pixels = simplejpeg.decode_jpeg(
         picture,
         "GRAY" if channels == 1 else "RGB",
@@ -148,11 +182,14 @@ def _decode_fast(
         min_height=math.ceil(height / shrink),
         strict=True,  # else libjpeg fills what is damaged with something
     )
-    return pixels, box, shrink
+    return pixels, boxes, shrink
 
 
-def _resize_fast(pixels: np.ndarray, box: Box, size: int, shrink: int) -> np.ndarray:
-    """Low-pass, then linear interpolation: against Pillow's triangle filter 46 dB at 224, INTER_AREA has 45."""
+def _resize_fast(pixels: np.ndarray, box: CropBox, size: int, shrink: int) -> np.ndarray:
+    """Resizes by a low-pass filter and linear interpolation.
+
+    It comes within 46 dB of Pillow's triangle filter at 224 pixels; OpenCV's INTER_AREA comes within 45.
+    """
     left, top, right, bottom = (side / shrink for side in box)
     x, y = int(left), int(top)
     pixels = pixels[y : math.ceil(bottom), x : math.ceil(right)]
@@ -167,11 +204,12 @@ def _resize_fast(pixels: np.ndarray, box: Box, size: int, shrink: int) -> np.nda
     return cv2.warpAffine(pixels, mapping, (size, size), flags=flags, borderMode=cv2.BORDER_REPLICATE)
 
 
-def _low_pass(scale: float) -> np.ndarray:
-    """Taps that make of linear interpolation about the triangle of half-width `scale`.
+def _low_pass(scale: float) -> Float32[np.ndarray, " taps"]:
+    """Returns taps that, followed by linear interpolation, come close to the triangle of half-width `scale`.
 
-    Their variances add up to its: those of the two triangles of whole half-width
-    beside it, in the mixture whose variance is (scale^2 - 1) / 6.
+    They mix the two triangles of the whole half-widths next to `scale`, so that
+    the variance of the taps, (scale^2 - 1) / 6, and that of the interpolation add
+    up to the variance of the wanted triangle.
     """
     width = max(1, math.floor(scale))
     share = max(0.0, (scale**2 - width**2) / (2 * width + 1))

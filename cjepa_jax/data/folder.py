@@ -1,19 +1,19 @@
-"""A folder of images: its splits, its labels, its files in a fixed random order."""
+"""Finds the splits, the labels and the files of a folder of images; the files are in a fixed random order."""
 
 import dataclasses
 import hashlib
 import os
 from collections.abc import Iterator
 
-from cjepa_jax.config import UserError, require
+from cjepa_jax.errors import UserError, require
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 SPLITS = ("train", "val", "valid", "validation", "test")
 
 
 @dataclasses.dataclass(frozen=True)
-class File:
-    """One image file."""
+class ImageFile:
+    """Describes one image file of a folder."""
 
     path: str  # relative to the folder, with "/"
     bytes: int
@@ -22,20 +22,21 @@ class File:
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """All image files of a folder.
+    """Lists all image files of a folder by split.
 
-    Where the folder holds one named as in `SPLITS`, such folders are the splits;
-    otherwise all of it is the split "train". In each, the first folders that not all
-    images share are the classes; where an image lies beside them, it has no labels.
+    Where the folder holds folders named as in `SPLITS`, these are the splits;
+    otherwise the whole folder is the split "train". The classes of a split are the
+    first folders that not all of its images share. Where an image lies beside such
+    folders, the split has no labels.
     """
 
     root: str
-    splits: dict[str, list[File]]  # each in an order that the hashes of the paths give
+    splits: dict[str, list[ImageFile]]  # each in an order that the hashes of the paths give
     classes: tuple[str, ...]  # over all splits, sorted; () where there are no labels
 
 
-def fingerprint(files: list[File]) -> str:
-    """Of paths, sizes and labels; not of what is in the files, which would have to be read whole."""
+def fingerprint(files: list[ImageFile]) -> str:
+    """Returns a digest of paths, sizes and labels; the content of the files is not read."""
     digest = hashlib.sha256()
     for file in files:
         digest.update(os.fsencode(f"{file.path}\0{file.bytes}\0{file.label}\n"))
@@ -60,14 +61,16 @@ def scan(root: str) -> Folder:
     for split, files in found.items():
         class_here = class_of[split]
         prefix = f"{split}/" if names else ""
-        listed = [File(prefix + path, size, index[class_here[path]] if class_here else None) for path, size in files]
-        # Not the order of the disk: a slice such as train[:95%] is to be a random sample.
+        listed = [
+            ImageFile(prefix + path, size, index[class_here[path]] if class_here else None) for path, size in files
+        ]
+        # The order is not that of the disk, because a slice such as train[:95%] is to be a random sample.
         splits[split] = sorted(listed, key=lambda file: (hashlib.sha256(os.fsencode(file.path)).digest(), file.path))
     return Folder(root, splits, tuple(classes))
 
 
 def _walk(root: str, below: str) -> Iterator[tuple[str, int]]:
-    """(path relative to root/below, bytes) of each image file; links are followed, but not round in circles."""
+    """Yields (path relative to root/below, bytes) of each image file; links are followed, but not round in circles."""
     base = os.path.join(root, below)
     open_folders: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(base),))]
     while open_folders:
@@ -89,7 +92,7 @@ def _walk(root: str, below: str) -> Iterator[tuple[str, int]]:
 
 
 def _classes(paths: list[str]) -> dict[str, str]:
-    """Path -> its class, for the paths of a split; empty where it has no labels."""
+    """Returns the class of each path of a split; the dict is empty where the split has no labels."""
     folders = {os.path.dirname(path) for path in paths}
     common = os.path.commonpath(folders)
     if common in folders:  # an image lies above the classes, or all lie in one folder

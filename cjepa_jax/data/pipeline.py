@@ -1,9 +1,9 @@
-"""The endless stream of training batches, by Grain, and a split's images in order.
+"""Yields training batches without end, by Grain, and a split's images in order.
 
 The global stream (shuffle, crops, augmentation) is a function of the seed alone,
-and a process takes its rows of each batch of it. So the k-th global batch is the
-same, image by image, for any number of processes and threads, and the number of
-batches taken says all there is to know to go on.
+and each process takes its rows of every batch of it. So the k-th global batch is
+the same, image by image, for any number of processes and threads, and a run can be
+resumed from nothing but the number of batches that it has taken.
 """
 
 import concurrent.futures
@@ -18,26 +18,29 @@ from typing import Any
 
 import grain
 import numpy as np
+from jaxtyping import Int32, UInt8
 
-from cjepa_jax.config import Data, UserError, one_line, require
+from cjepa_jax.batch import NO_LABEL, Batch
+from cjepa_jax.config import Data
 from cjepa_jax.data import decode
-from cjepa_jax.data.augment import augment
+from cjepa_jax.data.augment import Augmentation, augment
 from cjepa_jax.data.sources import Source
+from cjepa_jax.errors import UserError, one_line, require
 
 _CHUNK = 8  # images a thread prepares at a time: fewer, larger pieces of work for Grain to keep in order
-NO_LABEL, NO_IMAGE = -1, -2  # in the place of a label
-View = Callable[[int], tuple[np.ndarray, int | None]]  # index of an image -> a crop of it [H, W, C] uint8, its label
-Distort = Callable[[np.ndarray, np.random.Generator], np.ndarray]  # a crop -> one of the same shape
+NO_IMAGE = -2  # in the place of the label of an image that cannot be read
+Views = UInt8[np.ndarray, "*V H W C"]  # one image: [H, W, C], or [V, H, W, C] where there are V > 1 views
+View = Callable[[int], tuple[UInt8[np.ndarray, "H W C"], int | None]]  # index of an image -> a crop of it, its label
 _TRIES = 100  # of images that stand in for an unreadable one
 
 
 def threads(data: Data) -> int:
-    """How many threads decode."""
+    """Returns how many threads decode images in this process."""
     return data.threads or os.cpu_count() or 1
 
 
 class Reader:
-    """Crops of a source's images; remembers those that cannot be read. Shared by the loader's threads."""
+    """Reads crops of a source's images and remembers those that cannot be read. The loader's threads share it."""
 
     def __init__(self, source: Source, data: Data):
         self.source = source
@@ -46,18 +49,18 @@ class Reader:
         self._tried = 0
         self._lock = threading.Lock()
 
-    def crop(self, index: int, choose_box: Callable[[int, int], decode.Box]) -> tuple[np.ndarray, int | None]:
-        """([H, W, C] uint8, label) of an image.
+    def crops(self, index: int, choose_boxes: Sequence[decode.ChooseBox]) -> tuple[list[decode.Crop], int | None]:
+        """Reads and decodes an image once; returns one crop [H, W, C] uint8 for each box, and the label.
 
-        Raises UnreadableError, and UserError where there are too many such images.
+        Raises UnreadableError, and UserError where too many images cannot be read.
         """
         data = self.data
         with self._lock:
             self._tried += 1
         try:
             record = self.source.read(index)
-            pixels = decode.crop(
-                record["image"], choose_box, size=data.image_size, channels=data.channels, decoder=data.decoder
+            pixels = decode.crops(
+                record["image"], choose_boxes, size=data.image_size, channels=data.channels, decoder=data.decoder
             )
         except decode.UnreadableError as error:
             self._remember(index, one_line(error))
@@ -68,7 +71,7 @@ class Reader:
         name, limit = self.source.name(index), self.data.max_bad_fraction
         with self._lock:
             self.unreadable[name] = reason
-            # Not of the first few alone, where one is already a large share.
+            # Of the first few images one alone would be a large share.
             share = len(self.unreadable) / max(self._tried, min(1000, len(self.source)))
         require(
             share <= limit,
@@ -77,38 +80,50 @@ class Reader:
         )
 
 
+def _random_views(
+    reader: Reader, index: int, views: Sequence[Augmentation], rng: np.random.Generator
+) -> tuple[list[decode.Crop], int | None]:
+    """Draws the boxes of all views and then augments one crop after another. Raises as `Reader.crops` does."""
+    choose_boxes = [
+        functools.partial(decode.random_box, scale=view.crop_scale, ratio=view.crop_ratio, rng=rng) for view in views
+    ]
+    crops, label = reader.crops(index, choose_boxes)
+    return [augment(crop, view, rng) for crop, view in zip(crops, views, strict=True)], label
+
+
 @dataclasses.dataclass(frozen=True)
-class _RandomCrop(grain.transforms.RandomMap):
-    """Index of an image -> its random crop [H, W, C] uint8, and its label."""
+class _RandomViews(grain.transforms.RandomMap):
+    """Maps the index of an image to its random views and its label."""
 
     reader: Reader
-    distort: Distort | None
+    views: tuple[Augmentation, ...]
 
-    def random_map(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, int | None]:
-        data = self.reader.data
-        choose_box = functools.partial(decode.random_box, scale=data.crop_scale, ratio=data.crop_ratio, rng=rng)
+    def random_map(self, index: int, rng: np.random.Generator) -> tuple[Views, int | None]:
         for _ in range(_TRIES):
             try:
-                pixels, label = self.reader.crop(index, choose_box)
-                pixels = augment(pixels, data, rng)
-                return (self.distort(pixels, rng) if self.distort else pixels), label
+                crops, label = _random_views(self.reader, index, self.views, rng)
+                return crops[0] if len(crops) == 1 else np.stack(crops), label
             except decode.UnreadableError:
                 index = int(rng.integers(len(self.reader.source)))  # another one takes its place
         raise UserError(f"{_TRIES} images in a row cannot be read, the last one: {self.reader.source.name(index)}")
 
 
-def _stack(chunks: list[list[tuple[np.ndarray, int | None]]]) -> np.ndarray:
-    return np.stack([image for chunk in chunks for image, _ in chunk])
+def _stack(chunks: list[list[tuple[Views, int | None]]]) -> Batch:
+    images, labels = zip(*(item for chunk in chunks for item in chunk), strict=True)
+    return Batch(np.stack(images), _as_array(labels))
 
 
-def _stack_labelled(chunks: list[list[tuple[np.ndarray, int | None]]]) -> tuple[np.ndarray, np.ndarray]:
-    labels = [label for chunk in chunks for _, label in chunk]
-    require(None not in labels, "data.train_split holds images without a label")
-    return _stack(chunks), np.array(labels, np.int32)
+def _as_array(labels: Sequence[int | None]) -> Int32[np.ndarray, " n"]:
+    return np.array([NO_LABEL if label is None else label for label in labels], np.int32)
+
+
+def check_labelled(batch: Batch) -> None:
+    """Raises UserError where an image of a training batch has no label."""
+    require(bool((batch.labels != NO_LABEL).all()), "data.train_split holds images without a label")
 
 
 class _Rows(Sequence[Any]):
-    """Of an endless stream cut into batches, the given rows of each batch, one after another."""
+    """Cuts an endless stream into batches and keeps the given rows of each batch, one after another."""
 
     def __init__(self, stream: Sequence[Any], batch_size: int, rows: Sequence[int]):
         self._stream, self._batch_size, self._rows = stream, batch_size, rows
@@ -127,63 +142,68 @@ def train_batches(
     seed: int,
     start: int = 0,
     rows: Sequence[int] | None = None,
-    labelled: bool = False,
-    distort: Distort | None = None,
+    views: Sequence[Augmentation] | None = None,
 ) -> grain.DatasetIterator:
-    """Endless iterator over the batches from `start` on: of each the given rows, by default all, [n, H, W, C] uint8.
+    """Returns an endless iterator over `Batch`es, from batch number `start` on.
 
-    With `labelled` each is a pair with the labels [n] int32. `distort` is done to a
-    crop after all that `reader.data` asks for.
+    Each batch holds the given rows of the global batch, by default all n of them:
+    images [n, H, W, C] uint8 and labels [n] int32, NO_LABEL where an image has
+    none. `views` says how each view of an image is cropped and augmented; by
+    default there is one, as `reader.data` describes it. With V > 1 views, the
+    images are [n, V, H, W, C].
 
     Every image comes once an epoch, in an order that the seed and the epoch
-    give; a batch may hold the end of one epoch and the start of the next. In the
-    place of an image that cannot be read stands a random other one.
+    give; a batch may hold the end of one epoch and the start of the next. A random
+    other image stands in for one that cannot be read.
 
-    Raises UserError, in the midst, where too many images cannot be read, and where a label is missing.
+    The iterator raises UserError where too many images cannot be read.
     """
     data = reader.data
     rows = range(data.batch_size) if rows is None else rows
+    transform = _RandomViews(reader, (Augmentation.of(data),) if views is None else tuple(views))
     share = len(rows)
     chunk = math.gcd(share, _CHUNK)
     indices = grain.MapDataset.range(len(reader.source)).seed(seed).shuffle().repeat()
-    images = grain.MapDataset.source(_Rows(indices.random_map(_RandomCrop(reader, distort)), data.batch_size, rows))
+    images = grain.MapDataset.source(_Rows(indices.random_map(transform), data.batch_size, rows))
     chunks = images.batch(chunk, drop_remainder=True, batch_fn=list)  # copied once, into the batch
     options = grain.ReadOptions(num_threads=threads(data), prefetch_buffer_size=data.prefetch * share // chunk)
-    stack = _stack_labelled if labelled else _stack
-    batches = iter(chunks.to_iter_dataset(options).batch(share // chunk, batch_fn=stack))
+    batches = iter(chunks.to_iter_dataset(options).batch(share // chunk, batch_fn=_stack))
     batches.set_state({"next_index": start * share // chunk})
     return batches
 
 
 def central_view(reader: Reader, *, crop_fraction: float) -> View:
-    """Central crops, whose side is `crop_fraction` of the image's short side."""
+    """Returns a view of central crops, whose side is `crop_fraction` of the image's short side."""
     choose_box = functools.partial(decode.central_box, fraction=crop_fraction)
-    return lambda index: reader.crop(index, choose_box)
+
+    def view(index: int) -> tuple[decode.Crop, int | None]:
+        crops, label = reader.crops(index, [choose_box])
+        return crops[0], label
+
+    return view
 
 
 def random_view(reader: Reader, *, seed: Sequence[int]) -> View:
-    """Random crops and augmentation as `reader.data` has them, a function of the seed and the index."""
-    data = reader.data
+    """Returns a view of random crops, augmented as `reader.data` says: a function of the seed and the index."""
 
-    def view(index: int) -> tuple[np.ndarray, int | None]:
+    def view(index: int) -> tuple[decode.Crop, int | None]:
         rng = np.random.default_rng((*seed, index))
-        choose_box = functools.partial(decode.random_box, scale=data.crop_scale, ratio=data.crop_ratio, rng=rng)
-        pixels, label = reader.crop(index, choose_box)
-        return augment(pixels, data, rng), label
+        crops, label = _random_views(reader, index, [Augmentation.of(reader.data)], rng)
+        return crops[0], label
 
     return view
 
 
 def labelled_batches(
     reader: Reader, indices: Sequence[int], *, size: int, view: View, rows: Sequence[int] | None = None
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The images at `indices` in batches of `size`, of each the given rows, by default all.
+) -> Iterator[Batch]:
+    """Yields the images at `indices` in batches of `size`; of each batch the given r rows, by default all.
 
-    Yields [r, H, W, C] uint8 and their labels [r] int32. Where an image cannot be
-    read, and behind the last one, there are zeros and the label NO_IMAGE; an
+    A batch has images [r, H, W, C] uint8 and labels [r] int32. An image that cannot
+    be read, or lies behind the last one, is zeros with the label NO_IMAGE; an
     image without a label has NO_LABEL.
 
-    Raises UserError where too many cannot be read.
+    Raises UserError where too many images cannot be read.
     """
     data, rows = reader.data, range(size) if rows is None else rows
     nothing = np.zeros((data.image_size, data.image_size, data.channels), np.uint8), NO_IMAGE
@@ -200,17 +220,15 @@ def labelled_batches(
             if start < len(indices):
                 ahead.append(pool.map(one, [start + row for row in rows]))
             if start:
-                found = list(ahead.pop(0))
-                labels = [NO_LABEL if label is None else label for _, label in found]
-                yield np.stack([pixels for pixels, _ in found]), np.array(labels, np.int32)
+                yield _stack([list(ahead.pop(0))])
 
 
 def ordered_batches(
     reader: Reader, *, size: int, crop_fraction: float
-) -> Iterator[tuple[np.ndarray, list[int | None]]]:
-    """A source's readable images, centrally cropped: ([n, H, W, C] uint8, n labels), n at most `size`.
+) -> Iterator[tuple[UInt8[np.ndarray, "n H W C"], list[int | None]]]:
+    """Yields a source's readable images in order, centrally cropped, and their labels; n is at most `size`.
 
-    Raises UserError where too many cannot be read.
+    Raises UserError where too many images cannot be read.
     """
     view = central_view(reader, crop_fraction=crop_fraction)
     for images, labels in labelled_batches(reader, range(len(reader.source)), size=size, view=view):

@@ -1,4 +1,4 @@
-"""A folder of images -> a data set in TFDS' format, of pictures no larger than training needs.
+"""Makes a data set in TFDS' format of a folder of images, no larger than training needs them.
 
     python -m cjepa_jax.data.prepare --input=FOLDER --output=DIR
 
@@ -14,17 +14,13 @@ command goes on where it was stopped. TFDS reads DIR, once it is complete, with
 order of the folder. An image without a label in a folder that has labels gets -1.
 """
 
-import argparse
 import collections
 import contextlib
 import dataclasses
 import fcntl
 import functools
-import hashlib
-import io
 import itertools
 import json
-import math
 import os
 import re
 import shlex
@@ -33,33 +29,32 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 
-import simplejpeg
 import tensorflow_datasets as tfds
-from absl import logging
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
-from PIL import Image
+from absl import flags
+from etils import epath
 from tqdm import tqdm
 
-from cjepa_jax.config import UserError, one_line, require
-from cjepa_jax.data import decode, folder
+from cjepa_jax import command
+from cjepa_jax.data import decode, folder, shard_file
+from cjepa_jax.errors import UserError, one_line, require
+from cjepa_jax.files import TEMPORARY, write_whole
 
-IMAGES_A_SHARD = 4096
+IMAGES_PER_SHARD = 4096
 
 _STATE = "prepare.json"  # in DIR: the settings, and what is known of each finished shard
-_TEMPORARY = ".tmp"
 
 
 @dataclasses.dataclass(frozen=True)
 class _Shard:
     name: str  # of its file in DIR
     split: str
-    files: list[folder.File]
+    files: list[folder.ImageFile]
 
 
 def prepare(source: str, output: str, *, short_side: int = 320, quality: int = 90, threads: int | None = None) -> None:
-    """What the command does; prints a summary.
+    """Writes the data set as the command does and prints a summary.
 
-    Raises UserError.
+    Raises UserError for settings out of range, folders that do not fit, and images that mostly cannot be read.
     """
     threads = (os.cpu_count() or 1) if threads is None else threads
     require(short_side >= 1, f"--short-side must be at least 1, got {short_side}")
@@ -77,7 +72,8 @@ def prepare(source: str, output: str, *, short_side: int = 320, quality: int = 9
 
     labels = {"label": tfds.features.ClassLabel(names=found.classes)} if found.classes else {}
     features = tfds.features.FeaturesDict({"image": tfds.features.Image(), "file_name": tfds.features.Text(), **labels})
-    settings: dict[str, Any] = {"short_side": short_side, "quality": quality, "images_a_shard": IMAGES_A_SHARD}
+    # Folders that are half prepared know these keys.
+    settings: dict[str, Any] = {"short_side": short_side, "quality": quality, "images_a_shard": IMAGES_PER_SHARD}
     settings |= {split: f"{len(files)} images {folder.fingerprint(files)}" for split, files in found.splits.items()}
     with _claimed(output):
         state = _load_state(output, settings)
@@ -87,35 +83,9 @@ def prepare(source: str, output: str, *, short_side: int = 320, quality: int = 9
         _finish(output, state, shards, features)
 
 
-def encode(raw: bytes, *, short_side: int, quality: int) -> bytes:
-    """The image file to store for an image file: itself where it is small enough, else a JPEG.
-
-    Raises UnreadableError or anything else that the codecs raise where the file is damaged.
-    """
-    size = decode.jpeg_size(raw)
-    if size and math.prod(size) <= decode.MAX_PIXELS:
-        grey = simplejpeg.decode_jpeg_header(raw)[2] == "Gray"
-        # Pillow would fill what is damaged with something.
-        pixels = simplejpeg.decode_jpeg(raw, "GRAY" if grey else "RGB", strict=True)
-        image, as_it_is = Image.fromarray(pixels[..., 0] if grey else pixels), True
-    else:
-        header = Image.open(io.BytesIO(raw))
-        image = decode.open_picture(raw, 1 if Image.getmodebase(header.mode) == "L" else 3)
-        as_it_is = header.format in ("PNG", "WEBP", "BMP")
-    factor = short_side / min(image.size)
-    if as_it_is and factor >= 1:
-        return raw
-    if factor < 1:
-        width, height = (max(short_side, round(side * factor)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=quality)
-    return file.getvalue()
-
-
 @contextlib.contextmanager
 def _claimed(output: str) -> Iterator[None]:
-    """Two commands must not write into one folder."""
+    """Keeps other commands from writing into the folder at the same time."""
     os.makedirs(output, exist_ok=True)
     handle = os.open(output, os.O_RDONLY)
     try:
@@ -131,15 +101,15 @@ def _claimed(output: str) -> Iterator[None]:
 
 
 def _load_state(output: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """The state of an interrupted or finished command with these settings, else a new one."""
+    """Returns the state of an interrupted or finished command with these settings, else a new state."""
     path = os.path.join(output, _STATE)
     if not os.path.exists(path):
-        others = sorted(set(os.listdir(output)) - {_STATE + _TEMPORARY})
+        others = sorted(set(os.listdir(output)) - {_STATE + TEMPORARY})
         require(not others, f"--output {output} is not empty, and not from this command: name a new folder")
         words = re.sub(r"[^a-z0-9]+", "_", os.path.basename(os.path.realpath(output)).lower()).strip("_")
         name = words if words[:1].isalpha() else f"images_{words}".strip("_")
         state: dict[str, Any] = {"name": name, "settings": settings, "shards": {}}
-        _save(path, json.dumps(state, indent=1))
+        write_whole(epath.Path(path), json.dumps(state, indent=1))
         return state
     try:
         with open(path) as file:
@@ -156,7 +126,7 @@ def _load_state(output: str, settings: dict[str, Any]) -> dict[str, Any]:
 def _shards(found: folder.Folder, name: str) -> list[_Shard]:
     shards = []
     for split, files in found.splits.items():
-        parts = [files[i : i + IMAGES_A_SHARD] for i in range(0, len(files), IMAGES_A_SHARD)]
+        parts = [files[i : i + IMAGES_PER_SHARD] for i in range(0, len(files), IMAGES_PER_SHARD)]
         template = tfds.core.ShardedFileTemplate("", dataset_name=name, split=split, filetype_suffix="array_record")
         names = template.sharded_filenames(len(parts))
         shards += [_Shard(name, split, part) for name, part in zip(names, parts, strict=True)]
@@ -164,7 +134,7 @@ def _shards(found: folder.Folder, name: str) -> list[_Shard]:
 
 
 def _write_shards(
-    output: str, state: dict[str, Any], shards: list[_Shard], record: Callable[[folder.File], Any], threads: int
+    output: str, state: dict[str, Any], shards: list[_Shard], record: Callable[[folder.ImageFile], Any], threads: int
 ) -> None:
     """Writes the shards that are missing or damaged."""
     if state["shards"]:
@@ -187,14 +157,14 @@ def _write_shards(
         for shard in todo:
             path = os.path.join(output, shard.name)
             state["shards"][shard.name] = _write_shard(path, shard.files, results, bar)
-            _save(os.path.join(output, _STATE), json.dumps(state, indent=1))
+            write_whole(epath.Path(output) / _STATE, json.dumps(state, indent=1))
             left -= len(shard.files)
             if bar.disable:
                 print(f"{total - left}/{total} images", file=sys.stderr, flush=True)
 
 
 def _in_order(pool: Executor, function: Callable, items: Iterable, *, window: int) -> Iterator:
-    """`pool.map` that holds at most `window` results."""
+    """Works like `pool.map`, but holds at most `window` results."""
     futures: collections.deque[Future] = collections.deque()
     for item in items:
         futures.append(pool.submit(function, item))
@@ -205,12 +175,12 @@ def _in_order(pool: Executor, function: Callable, items: Iterable, *, window: in
 
 
 def _record(
-    file: folder.File, *, root: str, settings: dict[str, Any], features: tfds.features.FeaturesDict
+    file: folder.ImageFile, *, root: str, settings: dict[str, Any], features: tfds.features.FeaturesDict
 ) -> bytes | str:
-    """The record of an image, or why there is none."""
+    """Returns the record of an image, or the reason why there is none."""
     try:
         with open(os.path.join(root, file.path), "rb") as opened:
-            image = encode(opened.read(), short_side=settings["short_side"], quality=settings["quality"])
+            image = decode.shrink_file(opened.read(), short_side=settings["short_side"], quality=settings["quality"])
     except Exception as error:  # a broken file makes the codecs raise almost anything
         return f"{type(error).__name__}: {one_line(error).split(' <_io')[0]}"  # without the address of an object
     example: dict[str, Any] = {"image": image, "file_name": os.fsencode(file.path)}
@@ -219,30 +189,22 @@ def _record(
     return features.serialize_example(example)
 
 
-def _write_shard(path: str, files: list[folder.File], results: Iterator[bytes | str], bar: tqdm) -> dict[str, Any]:
-    """Takes a result a file -> what is to be known of the shard."""
-    digest, records, size, source_size, skipped = hashlib.sha256(), 0, 0, 0, []
-    temporary = path + _TEMPORARY
-    try:
-        writer = ArrayRecordWriter(temporary, "group_size:1")
+def _write_shard(path: str, files: list[folder.ImageFile], results: Iterator[bytes | str], bar: tqdm) -> dict[str, Any]:
+    """Writes one shard, taking one result for each file, and returns what the state keeps of it."""
+    size, source_size, skipped = 0, 0, []
+
+    def records() -> Iterator[bytes]:
+        nonlocal size, source_size
         for file, result in zip(files, results, strict=False):  # the results of later shards follow
             if isinstance(result, str):
                 skipped.append([file.path, result])
             else:
-                writer.write(result)
-                digest.update(hashlib.sha256(result).digest())
-                records, size, source_size = records + 1, size + len(result), source_size + file.bytes
+                size, source_size = size + len(result), source_size + file.bytes
+                yield result
             bar.update()
-        writer.close()
-        with open(temporary, "rb") as file_written:
-            os.fsync(file_written.fileno())
-        written = _content(temporary)
-    except RuntimeError as error:
-        raise UserError(f"{path} cannot be written: is the disk full? ({one_line(error)})") from None
-    same = written == (records, digest.hexdigest())
-    require(same, f"{path} does not hold what was written to it: check the disk, then give the same command again")
-    os.replace(temporary, path)
-    return {"records": records, "digest": written[1], "bytes": size, "source_bytes": source_size, "skipped": skipped}
+
+    count, digest = shard_file.write(path, records())
+    return {"records": count, "digest": digest, "bytes": size, "source_bytes": source_size, "skipped": skipped}
 
 
 def _is_finished(path: str, state: dict[str, Any]) -> bool:
@@ -250,23 +212,10 @@ def _is_finished(path: str, state: dict[str, Any]) -> bool:
     if known is None:
         return False
     with contextlib.suppress(RuntimeError):
-        if _content(path) == (known["records"], known["digest"]):
+        if shard_file.content(path) == (known["records"], known["digest"]):
             return True
     print(f"{path} is damaged or missing and is prepared again", file=sys.stderr)
     return False
-
-
-def _content(path: str) -> tuple[int, str]:
-    """The number of records in a file, and a digest of all."""
-    reader, digest = ArrayRecordReader(path), hashlib.sha256()
-    try:
-        count = reader.num_records()  # 0 where the end of the file is damaged
-        for start in range(0, count, 64):
-            for record in reader.read(start, min(start + 64, count)):
-                digest.update(hashlib.sha256(record).digest())
-    finally:
-        reader.close()
-    return count, digest.hexdigest()
 
 
 def _finish(output: str, state: dict[str, Any], shards: list[_Shard], features: tfds.features.FeaturesDict) -> None:
@@ -275,7 +224,7 @@ def _finish(output: str, state: dict[str, Any], shards: list[_Shard], features: 
     skipped = [entry for shard in known for entry in shard["skipped"]]
     listed = os.path.join(output, "skipped.txt")
     if skipped:
-        _save(listed, "".join(f"{path}\t{reason}\n" for path, reason in skipped))
+        write_whole(epath.Path(listed), "".join(f"{path}\t{reason}\n" for path, reason in skipped))
     infos = []
     for split in dict.fromkeys(shard.split for shard in shards):
         here = [entry for shard, entry in zip(shards, known, strict=True) if shard.split == split]
@@ -304,38 +253,32 @@ def _finish(output: str, state: dict[str, Any], shards: list[_Shard], features: 
     print(f"train with: --config.data.source=tfds --config.data.name= --config.data.data_dir={shlex.quote(output)}")
 
 
-def _save(path: str, text: str) -> None:
-    """All of a file or nothing, even when the power goes."""
-    with open(path + _TEMPORARY, "w", encoding="utf-8", errors="surrogateescape") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + _TEMPORARY, path)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message}; --help explains the command")
-
-
 def main() -> None:
-    """Exit code 0; 2 after a mistake that the user can mend; 1 after any other error."""
-    logging.set_verbosity("error")  # TFDS' chatter
-    parser = _Parser("python -m cjepa_jax.data.prepare", "%(prog)s --input=FOLDER --output=DIR", allow_abbrev=False)
-    parser.format_help = lambda: __doc__  # type: ignore[method-assign]
-    parser.add_argument("--input", required=True)
-    parser.add_argument("--output", required=True)
-    parser.add_argument("--short-side", "--short_side", type=int, default=320)
-    parser.add_argument("--quality", type=int, default=90)
-    parser.add_argument("--threads", type=int)
-    try:
-        given = vars(parser.parse_args())
-        prepare(given.pop("input"), given.pop("output"), **given)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from here")
+    """Runs the command; exit code 0, 2 after a mistake that the user can mend, 1 after any other error."""
+    source = flags.DEFINE_string("input", None, "The folder of images.")
+    output = flags.DEFINE_string("output", None, "The new folder.")
+    short_side = flags.DEFINE_integer("short-side", 320, "Pixels of the short side of a stored image, at most.")
+    flags.DEFINE_alias("short_side", "short-side")
+    quality = flags.DEFINE_integer("quality", 90, "Quality of the JPEG files.")
+    threads = flags.DEFINE_integer("threads", None, "Decoding threads.")
+
+    def body() -> None:
+        for flag in (source, output):
+            require(flag.value is not None, f"--{flag.name} is missing; --help explains the command")
+        try:
+            prepare(
+                str(source.value),
+                str(output.value),
+                short_side=short_side.value,
+                quality=quality.value,
+                threads=threads.value,
+            )
+        except OSError as error:
+            raise UserError(one_line(error)) from None
+        except KeyboardInterrupt:
+            sys.exit("interrupted; the same command goes on from here")
+
+    command.run(body, __doc__)
 
 
 if __name__ == "__main__":

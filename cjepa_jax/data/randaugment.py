@@ -1,12 +1,13 @@
-"""RandAugment (arXiv 1909.13719) by Pillow's operations, as timm's `rand-m9-mstd0.5-inc1` defines it, which MAE uses.
+"""Implements RandAugment (arXiv 1909.13719) with Pillow, as timm's `rand-m9-mstd0.5-inc1`, which MAE uses, defines it.
 
-Every operation grows with its magnitude, 0 to 10; all keep size and mode.
+Every operation becomes stronger with its magnitude, from 0 to 10, and keeps the size and mode of the image.
 """
 
 import dataclasses
 from collections.abc import Callable
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image, ImageEnhance, ImageOps
 
 Fill = int | tuple[int, ...]  # the colour of what moves in from outside
@@ -14,16 +15,16 @@ Fill = int | tuple[int, ...]  # the colour of what moves in from outside
 
 @dataclasses.dataclass(frozen=True)
 class RandAugment:
-    """Callable as a `pipeline.Distort`."""
+    """Applies random operations to an image; an object of this class is an `augment.Distort`."""
 
-    operations: int  # drawn for each image, with replacement
-    probability: float  # that a drawn one is done
+    operations: int  # how many are drawn for each image, with replacement
+    probability: float  # that a drawn operation is applied
     magnitude: float
     magnitude_std: float  # of normal noise on the magnitude
     fill: Fill  # MAE's is the mean colour
 
-    def __call__(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """[H, W, C] uint8 -> the same."""
+    def __call__(self, pixels: UInt8[np.ndarray, "H W C"], rng: np.random.Generator) -> UInt8[np.ndarray, "H W C"]:
+        """Returns the pixels after the operations that `rng` draws."""
         image = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
         for name in rng.choice(list(OPERATIONS), self.operations):
             if rng.random() < self.probability:
@@ -42,7 +43,7 @@ def _enhance(kind: type) -> Operation:
 
 
 def _affine(image: Image.Image, matrix: tuple[float, ...], fill: Fill) -> Image.Image:
-    """`matrix` takes a pixel of the result to where it comes from."""
+    """Transforms an image; `matrix` maps a pixel of the result to the place that it comes from."""
     return image.transform(
         image.size, Image.Transform.AFFINE, matrix, resample=Image.Resampling.BICUBIC, fillcolor=fill
     )

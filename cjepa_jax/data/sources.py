@@ -1,7 +1,7 @@
-"""Where images come from: random access to records {"image", "label"}.
+"""Opens data sets of images, which give random access to records {"image", "label"}.
 
 An image is the bytes of an image file or pixels [H, W] or [H, W, 3] uint8; a label
-is an int, or None. Splits are TFDS split expressions everywhere. By `data.source`:
+is an int, or None. Splits are TFDS split expressions everywhere. `data.source` is one of:
 
 digits  scikit-learn's 1,797 scanned digits; splits train and test.
 npz     `data.data_dir` is a file of arrays SPLIT_images [n, H, W] or [n, H, W, 3]
@@ -24,16 +24,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from cjepa_jax.config import Data, UserError, one_line, require
+from cjepa_jax.config import Data
 from cjepa_jax.data import folder
 from cjepa_jax.data.decode import UnreadableError
+from cjepa_jax.errors import UserError, one_line, require
 
 Record = dict[str, Any]  # {"image", "label"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One split of a data set."""
+    """Holds one split of a data set."""
 
     records: Sequence[Record]
     fingerprint: str  # tells this split's content from any other's
@@ -45,20 +46,20 @@ class Source:
         return len(self.records)
 
     def read(self, index: int) -> Record:
-        """Record `index`; UnreadableError where storage does not give it."""
+        """Returns record `index`. Raises UnreadableError where the storage does not give it."""
         try:
             return self.records[index]
         except Exception as error:  # each kind of storage fails in its own way
             raise UnreadableError(f"{type(error).__name__}: {error}") from error
 
     def labels(self) -> list[int | None]:
-        """Of all records; where storage gives them only with the images, these are read."""
+        """Returns the labels of all records; where the storage gives them only with the images, these are read."""
         label = self.label or (lambda index: self.read(index)["label"])
         return [label(index) for index in range(len(self))]
 
 
 def load(data: Data, split: str) -> Source:
-    """The split of the source that `data` names.
+    """Returns a split of the source that `data` names.
 
     Raises UserError where it does not exist, cannot be prepared, or holds no images.
     """
@@ -68,7 +69,7 @@ def load(data: Data, split: str) -> Source:
 
 
 class _Records(Sequence[Record]):
-    """Records made from an index, on demand."""
+    """Makes records from their indices, on demand."""
 
     def __init__(self, length: int, read: Callable[[int], Record]):
         self._length, self._read = length, read
@@ -83,7 +84,7 @@ class _Records(Sequence[Record]):
 def from_arrays(
     images: np.ndarray, labels: np.ndarray | None = None, *, name: str = "array", classes: tuple[str, ...] = ()
 ) -> Source:
-    """Images [n, H, W] or [n, H, W, 3] uint8 and labels [n] or [n, 1], in memory, as one split.
+    """Makes one split of images [n, H, W] or [n, H, W, 3] uint8 and integer labels [n] or [n, 1], all in memory.
 
     Raises UserError for other shapes and types.
     """
@@ -112,7 +113,7 @@ def from_arrays(
 
 
 def _digits(data: Data, split: str) -> Source:
-    """A stratified fifth of the digits is the test split."""
+    """Loads the digits; a stratified fifth of them is the test split."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -166,7 +167,7 @@ def _folder(data: Data, split: str) -> Source:
 
 
 def _parts(split: str, **splits: Sequence[Any]) -> list[tuple[str, slice]]:
-    """What a split expression such as "train[:80%]+test" selects of named sequences."""
+    """Returns what a split expression such as "train[:80%]+test" selects of named sequences."""
     import tensorflow_datasets as tfds
 
     infos = {
@@ -180,14 +181,14 @@ def _parts(split: str, **splits: Sequence[Any]) -> list[tuple[str, slice]]:
 
 
 class _Label(NamedTuple):
-    """A label that follows from the other features of a record."""
+    """Describes labels that follow from the stored features of a record."""
 
     classes: tuple[str, ...]
     derive: Callable[[Any], int]  # the stored features, by their names in the file -> label, negative where unknown
 
 
 def _tfds(data: Data, split: str, label: _Label | None = None) -> Source:
-    """Images stay encoded until a loader thread crops them; `label`: rather than the label of the set."""
+    """Opens a TFDS data set, with its own label or `label`; images stay encoded until a thread crops them."""
     import tensorflow_datasets as tfds
     from tensorflow_datasets.proto import tf_example_pb2
 
@@ -226,12 +227,12 @@ _CLEVR_DISTANCES = (8.0, 8.5, 9.0, 9.5, 10.0)  # VTAB's: about as many images be
 
 
 def _clevr_count(stored: Any) -> int:
-    """3 to 10 objects are the classes 0 to 7; the images of the split "test" have none."""
+    """Returns the class 0 to 7 for 3 to 10 objects; it is negative for the split "test", which lists none."""
     return len(stored["objects/size"].int64_list.value) - 3
 
 
 def _clevr_distance(stored: Any) -> int:
-    """How many of the thresholds lie below the distance of the closest object from the camera."""
+    """Counts the thresholds that lie below the distance of the closest object from the camera."""
     depths = stored["objects/pixel_coords"].float_list.value[2::3]  # (x, y, depth) of each object
     return int(np.searchsorted(_CLEVR_DISTANCES, min(depths))) if depths else -1
 
@@ -248,7 +249,7 @@ def _clevr(data: Data, split: str) -> Source:
 
 
 def _builder(data: Data) -> Any:
-    """The prepared builder; prepares it where TFDS can do so by itself."""
+    """Returns the prepared builder; prepares the data set where TFDS can do so by itself."""
     import tensorflow_datasets as tfds
 
     data_dir = os.path.expanduser(data.data_dir)

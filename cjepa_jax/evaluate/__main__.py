@@ -4,71 +4,102 @@
 
 --checkpoint=DIR          a workdir (its newest checkpoint), WORKDIR/checkpoints/STEP,
                           or what cjepa_jax.convert wrote
---method=NAME,NAME        knn       weighted and plain vote of the nearest neighbours
+--method=NAME,NAME        knn       nearest neighbours, weighted and plain vote
                           linear    linear probe: a grid of rates and decays at once
-                          lowshot   logistic regression on few labels
+                          logistic  logistic regression, with all labels and with few
+                          accuracy  a fine-tuned network's own head
                           collapse  std, rank, spectrum, alignment, uniformity, LiDAR;
                                     needs no labels
                           attention pictures: attention and principal components
                                     of both encoders, and of --config.attention.other=DIR
                           davis     masks propagated through --config.davis.data_dir=DAVIS
---tower=target_encoder    or encoder, the context encoder
---baselines               judge an untrained encoder and raw pixels, too (the default);
+--encoder=target_encoder  or encoder: the context encoder, or that of a fine-tuned network
+--baselines               judges an untrained encoder and raw pixels, too (the default);
                           --nobaselines leaves them out
---name=NAME               of the results; default step<STEP>_<TOWER>
---config.GROUP.KEY=VALUE  overrides a setting of configs/evaluate.py, or of --config=FILE,
-                          e.g. --config.data.data_dir=FOLDER
+--name=NAME               of the results; default step<STEP>_<ENCODER>
+--config.GROUP.KEY=VALUE  overrides a setting, e.g. --config.data.data_dir=FOLDER;
+                          --config=FILE reads settings from a file
+--config=configs/evaluate.py --help  lists all settings
 
 The images are those of the checkpoint's own config unless settings say otherwise.
 Prints a table; WORKDIR/evaluation/NAME.METHOD.json holds the results and all that it
 takes to repeat them. What is there already with other settings is not overwritten.
 """
 
+import sys
 import time
 
 from absl import flags
 from etils import epath
 
 from cjepa_jax import command
-from cjepa_jax.config import nearest, require
+from cjepa_jax.errors import nearest, require
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "What to judge.")
 _METHOD = flags.DEFINE_string("method", None, "How, separated by commas.")
-_TOWER = flags.DEFINE_string("tower", "target_encoder", "target_encoder or encoder.")
+_ENCODER = flags.DEFINE_string("encoder", None, "target_encoder or encoder.")
 _BASELINES = flags.DEFINE_bool("baselines", True, "Judge an untrained encoder and raw pixels, too.")
-_NAME = flags.DEFINE_string("name", None, "Of the results; default step<STEP>_<TOWER>.")
+_NAME = flags.DEFINE_string("name", None, "Of the results; default step<STEP>_<ENCODER>.")
+flags.DEFINE_alias("tower", "encoder")  # its former name
+_RENAMED = {"lowshot": "logistic"}
 
 
 def _run() -> None:
-    from cjepa_jax.evaluate import methods, results  # after the flags: importing jax takes seconds
-    from cjepa_jax.evaluate.config import Evaluation
-    from cjepa_jax.evaluate.subject import Subject
+    from cjepa_jax import pretrained  # after the flags: importing jax takes seconds
+    from cjepa_jax.evaluate import report
+    from cjepa_jax.evaluate.config import Evaluation, resolve
+    from cjepa_jax.evaluate.frozen import from_checkpoint
+    from cjepa_jax.settings import flatten
 
-    _, settings = command.read_config(Evaluation)
+    default = str(epath.resource_path("cjepa_jax").parent / "configs" / "evaluate.py")
+    _, settings = command.read_config(lambda _: Evaluation, default=default)
+    known = settings.evaluators
     require(bool(_CHECKPOINT.value), "--checkpoint is missing, e.g. --checkpoint=runs/digits")
-    require(bool(_METHOD.value), f"--method is missing; known: {', '.join(methods.METHODS)}")
-    wanted = str(_METHOD.value).split(",")
-    for name in wanted:
-        require(name in methods.METHODS, f"--method {name!r} is not known; {nearest(name, methods.METHODS)}")
-    towers = ("target_encoder", "encoder")
-    require(_TOWER.value in towers, f"--tower {_TOWER.value!r} is not known; {nearest(_TOWER.value, towers)}")
-    layers = max(settings.linear.layers) if "linear" in wanted else 1
-    subject = Subject(epath.Path(_CHECKPOINT.value), _TOWER.value, settings, baselines=_BASELINES.value, layers=layers)
-    if any(methods.METHODS[name].labels for name in wanted):
-        subject.check_labels()
-    files = {name: results.File(subject, name, _NAME.value) for name in wanted}
-    for name, file in files.items():
+    require(bool(_METHOD.value), f"--method is missing; known: {', '.join(known)}")
+    wanted = []
+    for name in str(_METHOD.value).split(","):
+        if name in _RENAMED:
+            print(f"--method={name} is called {_RENAMED[name]} now", file=sys.stderr)
+        wanted.append(_RENAMED.get(name, name))
+        require(wanted[-1] in known, f"--method {name!r} is not known; {nearest(name, known)}")
+    encoders = pretrained.ENCODERS
+    path = epath.Path(_CHECKPOINT.value)
+    workdir, saved = pretrained.describe(path)
+    encoder = _ENCODER.value or next((name for name in encoders if name in pretrained.available(path)), encoders[0])
+    require(encoder in encoders, f"--encoder {encoder!r} is not known; {nearest(encoder, encoders)}")
+    data, crop_fraction = resolve(settings, saved)
+    frozen = from_checkpoint(
+        path,
+        encoder,
+        data=data,
+        crop_fraction=crop_fraction,
+        seed=settings.seed,
+        baselines=_BASELINES.value,
+        layers=max(known[name].deepest for name in wanted),
+    )
+    assert frozen.origin
+    name = _NAME.value or f"step{frozen.origin.networks.step}_{encoder}"
+    stem = workdir / "evaluation" / name
+    about = {"checkpoint": str(workdir), "step": frozen.origin.networks.step, "encoder": encoder}
+    files = {one: stem.with_name(f"{name}.{one}.json") for one in wanted}
+    descriptions = {one: report.describe(frozen, flatten(settings), method=one, **about) for one in wanted}
+    for one in wanted:
+        report.check(files[one], descriptions[one])
+        if known[one].needs_labels and one != "accuracy":
+            frozen.check_labels()
+        known[one].check(frozen)
+    stem.parent.mkdir(exist_ok=True)
+    for one in wanted:
         start = time.perf_counter()
-        found = methods.METHODS[name].judge(subject, file.path)
-        file.write(found, seconds=time.perf_counter() - start)
-        print(results.table(name, found), flush=True)
-        print(f"-> {file.path}")
+        rows = known[one].run(frozen, stem)
+        report.write(files[one], frozen, {one: rows}, descriptions[one], seconds=time.perf_counter() - start)
+        print(report.table(known[one], rows), flush=True)
+        print(f"-> {files[one]}")
 
 
 def main() -> None:
     """Exit code 0; 2 after a mistake that the user can mend; 1 after any other error."""
-    default = epath.resource_path("cjepa_jax").parent / "configs" / "evaluate.py"
-    command.run(_run, __doc__, config=str(default))
+    command.run(_run, __doc__)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,154 @@
-"""What the last layer attends to, and the main directions of patch features as colours.
+"""Pictures of what the last layer attends to, and of the main directions of patch features as colours.
 
 Shapes: B images, N patches in raster order, D width.
 """
 
-from typing import Any, cast
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from etils import epath
+from jaxtyping import Array, Float, UInt8
 from sklearn.decomposition import PCA
 
-from cjepa_jax.models.vit import Block, Encoder
+from cjepa_jax import plots, pretrained
+from cjepa_jax.data import pipeline
+from cjepa_jax.errors import at_least, require
+from cjepa_jax.evaluate.base import Evaluator, Rows
+from cjepa_jax.evaluate.features import encoder_for
+from cjepa_jax.evaluate.frozen import UNTRAINED, Frozen
+from cjepa_jax.models.vit import Block, Encoder, normalise, patchify
+from cjepa_jax.settings import setting
 
 
-def last_layer(encoder: Encoder, params: Any, patches: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Patches [B, N, F] -> attention of the last block [B, heads, N queries, N keys], features [B, N, D]; float32.
+class Shown(NamedTuple):
+    """Names one encoder that is shown, with what it takes to run it."""
+
+    name: str
+    encoder: Encoder
+    params: Any
+    networks: pretrained.Pretrained
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attention(Evaluator):
+    """Draws the last layer's attention and the main components of patch features."""
+
+    images: int = setting(8, "Images of the test split, evenly spread.")
+    query: tuple[int, ...] = setting((), "(row, column) of the patch that asks; () is the mean over all patches.")
+    other: str = setting("", "A second checkpoint to show beside the first; empty: none.")
+
+    name: ClassVar[str] = "attention"
+    needs_labels: ClassVar[bool] = False
+    numbers: ClassVar[tuple[str, ...]] = ("entropy of attention / log N",)
+
+    def __post_init__(self):
+        at_least("attention", 1, images=self.images)
+        require(len(self.query) in (0, 2), f"attention.query must be () or (row, column), got {self.query}")
+
+    def run(self, frozen: Frozen, stem: epath.Path | None) -> Rows:
+        """Draws STEM.attention.png and STEM.components.png: a row an image, a column an encoder.
+
+        The rows of the result hold the entropy of the attention, and the share of the variance that the three
+        components have. Raises UserError for a second checkpoint, or a query, that does not fit.
+        """
+        assert frozen.origin, "attention looks at checkpoints"
+        encoders = _encoders(frozen, frozen.origin.workdir / "checkpoints" / str(frozen.origin.networks.step))
+        if self.other:
+            encoders += _encoders(frozen, epath.Path(self.other))
+        if UNTRAINED in frozen.params:
+            encoders.append(encoders[0]._replace(name=UNTRAINED, params=frozen.params[UNTRAINED]))
+        grid = encoders[0].encoder.grid
+        query = _query_number(self.query, [shown.encoder.grid for shown in encoders])
+        images = _images(frozen, self.images)
+        seen = images if query is None else _outlined(images, *self.query, patch_size=images.shape[1] // grid)
+        maps, components, rows = {"image": seen}, {"image": images}, {}
+        for shown in encoders:
+            weights, found = jax.jit(functools.partial(_look, shown))(shown.params, images)
+            maps[shown.name] = jax.device_get(enlarged(attended(weights, query), image_size=images.shape[1]))
+            colours, shares = component_colours(jax.device_get(found))
+            components[shown.name] = colours.reshape(len(images), shown.encoder.grid, shown.encoder.grid, 3)
+            rows[shown.name.replace("\n", ", ")] = {
+                "entropy of attention / log N": float(entropy(weights)),
+                "variance of three components": sum(shares),
+            }
+        what = "mean over all patches" if query is None else "patch ({}, {}), outlined".format(*self.query)
+        if stem is not None and jax.process_index() == 0:
+            title = f"Attention of the last layer, mean over heads, in multiples of uniform; query: {what}"
+            plots.side_by_side(maps, stem.with_name(f"{stem.name}.attention.png"), title=title)
+            title = "First three principal components of patch features, as red, green and blue"
+            plots.side_by_side(components, stem.with_name(f"{stem.name}.components.png"), title=title)
+        return rows
+
+
+def _look(shown: Shown, params: Any, images: UInt8[Array, "B H W C"]) -> tuple[jax.Array, jax.Array]:
+    networks = shown.networks
+    patches = patchify(normalise(images, mean=networks.mean, std=networks.std), networks.model.patch_size)
+    return last_layer(shown.encoder, params, patches)
+
+
+def _encoders(frozen: Frozen, checkpoint: epath.Path) -> list[Shown]:
+    """Loads both encoders of a checkpoint for the images at hand; one, where it has but one."""
+    names = [name for name in pretrained.ENCODERS if name in pretrained.available(checkpoint)]
+    networks = pretrained.load(checkpoint, names)
+    channels = len(networks.mean)
+    require(
+        channels == frozen.data.channels,
+        f"checkpoint {checkpoint} wants images of {channels} channels, the first one of {frozen.data.channels}",
+    )
+    encoder = encoder_for(networks.model, image_size=frozen.data.image_size, trained_size=networks.image_size)
+    workdir, _ = pretrained.describe(checkpoint)
+    where = f"{workdir.name}, step {networks.step}"
+    kinds = {"target_encoder": "target encoder", "encoder": "context encoder"}
+    return [Shown(f"{where}\n{kinds[name]}", encoder, networks.params[name], networks) for name in names]
+
+
+def _query_number(query: Sequence[int], grids: Sequence[int]) -> int | None:
+    """Gives the patch's number in raster order; None where the query is the mean over all."""
+    if not query:
+        return None
+    row, column = query
+    grid = grids[0]
+    require(
+        min(query) >= 0 and max(query) < grid,
+        f"attention.query = {tuple(query)} is no patch: rows and columns are 0 to {grid - 1}",
+    )
+    require(
+        len(set(grids)) == 1, f"attention.query: the checkpoints' grids differ, {min(grids)} and {max(grids)} patches"
+    )
+    return row * grid + column
+
+
+def _images(frozen: Frozen, count: int) -> UInt8[np.ndarray, "n H W C"]:
+    """Reads some readable images of the test split, evenly spread over it."""
+    reader = frozen.test
+    wanted = min(count, len(reader.source))
+    indices = np.linspace(0, len(reader.source) - 1, wanted).round().astype(int)
+    view = pipeline.central_view(reader, crop_fraction=frozen.crop_fraction)
+    ((images, labels),) = pipeline.labelled_batches(reader, indices.tolist(), size=wanted, view=view)
+    images = images[labels != pipeline.NO_IMAGE]
+    require(len(images) > 0, f"data.test_split = {frozen.data.test_split!r}: none of {wanted} images can be read")
+    return images
+
+
+def _outlined(images: np.ndarray, row: int, column: int, *, patch_size: int) -> np.ndarray:
+    """Gives the images [n, H, W, C] as RGB, with the edge of a patch in red."""
+    images = np.broadcast_to(images, (*images.shape[:-1], 3)).copy()
+    patch = images[:, row * patch_size :, column * patch_size :][:, :patch_size, :patch_size]
+    for edge in (patch[:, 0], patch[:, -1], patch[:, :, 0], patch[:, :, -1]):
+        edge[:] = (255, 0, 0)
+    return images
+
+
+def last_layer(
+    encoder: Encoder, params: Any, patches: Float[Array, "B N F"]
+) -> tuple[Float[Array, "B heads N N"], Float[Array, "B N D"]]:
+    """Computes the attention of the last block, queries before keys, and the features; float32.
 
     The encoder's layers must be unrolled.
     """
@@ -31,31 +164,31 @@ def last_layer(encoder: Encoder, params: Any, patches: jax.Array) -> tuple[jax.A
     return jax.nn.softmax(scores, axis=-1), cast(jax.Array, features)
 
 
-def entropy(attention: jax.Array) -> jax.Array:
-    """Mean over heads and queries of the entropy of attention [B, heads, N, N], over log N: 1 is uniform; scalar."""
+def entropy(attention: Float[Array, "B heads N N"]) -> Float[Array, ""]:
+    """Averages the entropy of attention over heads and queries, and divides it by log N: 1 is uniform."""
     return -(attention * jnp.log(attention.clip(1e-30))).sum(axis=-1).mean() / jnp.log(attention.shape[-1])
 
 
-def attended(attention: jax.Array, query: int | None) -> jax.Array:
-    """Attention [B, heads, N, N] -> [B, N]: how often each patch is attended to, in multiples of 1 / N.
+def attended(attention: Float[Array, "B heads N N"], query: int | None) -> Float[Array, "B N"]:
+    """Tells how often each patch is attended to, in multiples of 1 / N.
 
-    The mean over the heads, of the patch `query`, or, where it is None, over all patches.
+    This is the mean over the heads, of the patch `query`, or, where it is None, over all patches.
     """
     rows = attention.mean(axis=1)
     return (rows.mean(axis=1) if query is None else rows[:, query]) * rows.shape[-1]
 
 
-def enlarged(maps: jax.Array, *, image_size: int) -> jax.Array:
-    """Maps of patches [B, N] -> of pixels [B, H, W], bilinear; images are square."""
+def enlarged(maps: Float[Array, "B N"], *, image_size: int) -> Float[Array, "B H W"]:
+    """Enlarges maps of patches to maps of pixels, bilinearly; images are square."""
     grid = round(maps.shape[-1] ** 0.5)
     maps = rearrange(maps, "b (h w) -> b h w", w=grid)
     return jax.image.resize(maps, (len(maps), image_size, image_size), "bilinear")
 
 
 def component_colours(features: np.ndarray) -> tuple[np.ndarray, list[float]]:
-    """Features [B, N, D] -> (the first three principal components as red, green, blue [B, N, 3] in [0, 1], shares).
+    """Gives the first three principal components of features [B, N, D] as colours [B, N, 3] in [0, 1], and shares.
 
-    One PCA for all patches of all images; each component is stretched so that one
+    There is one PCA for all patches of all images; each component is stretched so that one
     patch in a hundred is beyond either end. Its sign is such that its largest
     weight is positive. The shares are those of the variance.
     """

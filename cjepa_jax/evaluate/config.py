@@ -1,157 +1,86 @@
-"""The settings of `python -m cjepa_jax.evaluate`, their meaning and their checks (see cjepa_jax/config.py)."""
+"""The settings of `python -m cjepa_jax.evaluate`; the evaluators and their settings are its groups."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from cjepa_jax import config
-from cjepa_jax.config import at_least, require
+from cjepa_jax.errors import at_least, require
+from cjepa_jax.evaluate.accuracy import Accuracy
+from cjepa_jax.evaluate.attention import Attention
+from cjepa_jax.evaluate.base import Evaluator
+from cjepa_jax.evaluate.collapse import Collapse
+from cjepa_jax.evaluate.davis import Davis
+from cjepa_jax.evaluate.knn import Knn
+from cjepa_jax.evaluate.linear import Linear
+from cjepa_jax.evaluate.logistic import Logistic
+from cjepa_jax.settings import group, setting
 
-KNN_TEMPERATURE = 0.07  # DINO's
 
-
-@dataclasses.dataclass(frozen=True)
-class Data:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Images:
     """The images; what is None is as in the checkpoint's config.json."""
 
-    source: config.Source | None  # as in cjepa_jax/config.py
-    name: str | None
-    data_dir: str | None
-    train_split: str | None
-    test_split: str | None
-    image_size: int | None  # another one than in training: positions are interpolated
-    crop_fraction: float | None  # side of the central crop over the short side of the image
-    decoder: Literal["fast", "pillow"] | None
-    batch_size: int  # over all devices; rounded up to a multiple of them
-    threads: int  # decoding threads, 0: one a core
-    max_bad_fraction: float  # of the images that cannot be read and are left out
+    source: config.SourceKind | None = setting(None, "The kind of data set; see docs/data.md.")
+    name: str | None = setting(None, "Name of a TFDS set.")
+    data_dir: str | None = setting(None, "Where the data set lies.")
+    train_split: str | None = setting(None, "The images to learn from.")
+    test_split: str | None = setting(None, "The images to judge by.")
+    image_size: int | None = setting(None, "Pixels a side; other ones than in training interpolate positions.")
+    crop_fraction: float | None = setting(None, "Side of the central crop over the short side of the image.")
+    decoder: Literal["fast", "pillow"] | None = setting(None, "As in training.")
+    batch_size: int = setting(256, "Images of a batch over all devices; rounded up to a multiple of them.")
+    threads: int = setting(0, "Decoding threads, 0: one a core.")
+    max_bad_fraction: float = setting(0.01, "Share of the images that may be unreadable and are left out.")
 
     def __post_init__(self):
         at_least("data", 1, batch_size=self.batch_size)
 
 
-@dataclasses.dataclass(frozen=True)
-class Views:
-    """How views are drawn: random-resized crops and flips."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RandomViews:
+    """How random views are drawn, for linear.augment and the collapse report; ImageNet's usual crops by default."""
 
-    crop_scale: tuple[float, float]
-    crop_ratio: tuple[float, float]
-    flip: float
-    color: float
-    blur: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Knn:
-    """Nearest neighbours by cosine."""
-
-    neighbours: int  # k
-    temperature: float  # of the weighted vote: exp(cosine / temperature)
-
-    def __post_init__(self):
-        at_least("knn", 1, neighbours=self.neighbours)
-        require(self.temperature > 0, f"knn.temperature must be positive, got {self.temperature}")
+    crop_scale: tuple[float, float] = setting((0.08, 1.0), "Share of the image's area.")
+    crop_ratio: tuple[float, float] = setting((3 / 4, 4 / 3), "Aspect ratio, drawn in log space.")
+    flip: float = setting(0.5, "Probability of a horizontal flip.")
+    color: float = setting(0.0, "Strength of SimCLR's colour distortion.")
+    blur: float = setting(0.0, "Probability of SimCLR's Gaussian blur.")
 
 
-@dataclasses.dataclass(frozen=True)
-class Linear:
-    """A linear classifier behind a batch norm without affine, by SGD with Nesterov momentum 0.9."""
-
-    layers: tuple[int, ...]  # last blocks whose means are concatenated; each number is a representation to try
-    learning_rates: tuple[float, ...]  # the grid, trained at once: for 256 images, scaled with batch_size
-    weight_decays: tuple[float, ...]
-    epochs: int
-    min_steps: int  # where these epochs have fewer steps, they are repeated, and decay_every is multiplied alike
-    decay_every: int  # epochs after which the learning rate is a tenth
-    batch_size: int
-    holdout: float  # share of the training images that choose the member of the grid
-    augment: bool  # features of new random views each epoch, instead of those of central crops, computed once
-
-    def __post_init__(self):
-        at_least("linear", 1, epochs=self.epochs, min_steps=self.min_steps, decay_every=self.decay_every)
-        at_least("linear", 2, batch_size=self.batch_size)
-        at_least("linear", 1, **{f"layers[{i}]": x for i, x in enumerate(self.layers)})
-        for key in ("layers", "learning_rates", "weight_decays"):
-            require(len(getattr(self, key)) > 0, f"linear.{key} is empty")
-        require(0 < self.holdout < 1, f"linear.holdout must be in (0, 1), got {self.holdout}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Lowshot:
-    """Logistic regression on few labels."""
-
-    fraction: float  # of the labels, drawn in equal shares of the classes, at least one each
-    shots: tuple[int, ...]  # labels a class
-    draws: int
-
-    def __post_init__(self):
-        require(0 < self.fraction <= 1, f"lowshot.fraction must be in (0, 1], got {self.fraction}")
-        at_least("lowshot", 1, draws=self.draws, **{f"shots[{i}]": x for i, x in enumerate(self.shots)})
-
-
-@dataclasses.dataclass(frozen=True)
-class Collapse:
-    """Statistics of the features, no labels needed."""
-
-    images: int  # of the training split, for std, rank, spectrum, uniformity
-    objects: int  # images whose views LiDAR and alignment compare
-    views: int  # of each
-
-    def __post_init__(self):
-        at_least("collapse", 2, images=self.images, objects=self.objects, views=self.views)
-
-
-@dataclasses.dataclass(frozen=True)
-class Attention:
-    """Pictures of the last layer's attention, and of the main components of patch features."""
-
-    images: int  # of the test split, evenly spread
-    query: tuple[int, ...]  # (row, column) of the patch whose attention is shown; () is the mean over all patches
-    other: str  # a second checkpoint to show beside the first; "": none
-
-    def __post_init__(self):
-        at_least("attention", 1, images=self.images)
-        require(len(self.query) in (0, 2), f"attention.query must be () or (row, column), got {self.query}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Davis:
-    """Masks propagated through DAVIS-2017's videos."""
-
-    data_dir: str  # the folder that holds JPEGImages, Annotations and ImageSets
-    short_side: int  # of the frames as they are encoded
-
-    def __post_init__(self):
-        at_least("davis", 1, short_side=self.short_side)
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """All settings of one evaluation."""
+    """All settings of one evaluation; each group that is an `Evaluator` is one."""
 
-    seed: int
-    data: Data
-    views: Views
-    knn: Knn
-    linear: Linear
-    lowshot: Lowshot
-    collapse: Collapse
-    attention: Attention
-    davis: Davis
+    seed: int = setting(0, "Root of all random draws.")
+    data: Images = group(Images, "The images; what is None is as in the checkpoint's config.json.")
+    views: RandomViews = group(RandomViews, "How random views are drawn, for linear.augment and collapse.")
+    knn: Knn = group(Knn, "Nearest neighbours by cosine, with all labels and with few.")
+    logistic: Logistic = group(Logistic, "Logistic regression, with all labels and with few.", formerly="lowshot")
+    linear: Linear = group(Linear, "Linear probe: a grid of classifiers trained by SGD.")
+    accuracy: Accuracy = group(Accuracy, "A fine-tuned network's own head.")
+    collapse: Collapse = group(Collapse, "Statistics of the features, which need no labels.")
+    attention: Attention = group(Attention, "Pictures of the last layer's attention and of main components.")
+    davis: Davis = group(Davis, "Masks propagated through DAVIS-2017's videos.")
 
     def __post_init__(self):
         require(self.seed >= 0, f"seed must be at least 0, got {self.seed}")
 
+    @property
+    def evaluators(self) -> dict[str, Evaluator]:
+        """Lists the evaluators, with their settings, by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Evaluator)}
+
 
 def resolve(evaluation: Evaluation, saved: Mapping[str, Any]) -> tuple[config.Data, float]:
-    """The images as a Reader takes them, and crop_fraction; `saved` is the checkpoint's flat config.json.
+    """Completes the images' settings by those of the checkpoint's flat config.json, `saved`; gives crop_fraction too.
 
     Raises UserError for a setting that neither of them has.
     """
     data = evaluation.data
     fallback = {"name": "", "data_dir": "", "crop_fraction": 0.875, "decoder": "fast"}
 
-    def setting(key: str) -> Any:
+    def find(key: str) -> Any:
         value = getattr(data, key)
         if value is not None:
             return value
@@ -164,7 +93,7 @@ def resolve(evaluation: Evaluation, saved: Mapping[str, Any]) -> tuple[config.Da
     if len(saved["data.mean"]) == 1:
         views["color"] = 0.0
     resolved = config.Data(
-        **{key: setting(key) for key in names},
+        **{key: find(key) for key in names},
         **views,
         mean=tuple(saved["data.mean"]),
         std=tuple(saved["data.std"]),
@@ -173,4 +102,4 @@ def resolve(evaluation: Evaluation, saved: Mapping[str, Any]) -> tuple[config.Da
         prefetch=1,
         max_bad_fraction=data.max_bad_fraction,
     )
-    return resolved, setting("crop_fraction")
+    return resolved, find("crop_fraction")

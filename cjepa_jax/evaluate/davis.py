@@ -4,21 +4,112 @@ The data set is read as it is published (https://davischallenge.org, "TrainVal",
 JPEGImages/480p/VIDEO/*.jpg, Annotations/480p/VIDEO/*.png, ImageSets/2017/val.txt.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple, cast
 
 import jax
 import numpy as np
 from etils import epath
+from matplotlib import colormaps
 from PIL import Image
 
-from cjepa_jax.config import UserError, one_line, require
+from cjepa_jax import plots
 from cjepa_jax.data.decode import open_picture
+from cjepa_jax.errors import UserError, at_least, one_line, require
 from cjepa_jax.evaluate import tracking
+from cjepa_jax.evaluate.base import Evaluator, Rows
+from cjepa_jax.evaluate.features import encoder_for
+from cjepa_jax.evaluate.frozen import PIXELS, Frozen
+from cjepa_jax.models.vit import normalise, patchify
+from cjepa_jax.settings import setting
+from cjepa_jax.train import sharding
 
 Encode = Callable[[np.ndarray], np.ndarray]  # frames [n, H, W, C] uint8 -> features of their patches [n, N, D]
 
 _ROUND_TO = 64  # DINO rounds the long side down to a multiple of it
+
+
+_VIDEOS, _FRAMES = 6, 4  # in the picture
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Davis(Evaluator):
+    """Propagates masks through DAVIS-2017's videos by the features of patches."""
+
+    data_dir: str = setting("", "The folder that holds JPEGImages, Annotations and ImageSets.")
+    short_side: int = setting(480, "Pixels of the frames' short side as they are encoded.")
+
+    name: ClassVar[str] = "davis"
+    needs_labels: ClassVar[bool] = False
+
+    def __post_init__(self):
+        at_least("davis", 1, short_side=self.short_side)
+
+    def check(self, frozen: Frozen) -> None:
+        """Raises UserError for a folder that is not in DAVIS' layout."""
+        find(self.data_dir)
+
+    def run(self, frozen: Frozen, stem: epath.Path | None) -> Rows:
+        """Gives J and F of the encoder and its baselines; draws STEM.davis.png, the masks that the encoder's found."""
+        patch_size, found = frozen.model.patch_size, find(self.data_dir)
+        rows: Rows = {}
+        for name, params in frozen.params.items():
+            follow = functools.partial(
+                track,
+                encode=functools.partial(patch_features(frozen, name), params),
+                channels=frozen.data.channels,
+                short_side=self.short_side,
+                patch_size=patch_size,
+                batch_size=frozen.mesh.size,
+            )
+            results = {video.name: follow(video) for video in found}
+            if name == frozen.judged and stem is not None and jax.process_index() == 0:
+                _draw(found[:_VIDEOS], results, stem.with_name(f"{stem.name}.davis.png"))
+            rows[name] = summary(results)
+        return rows
+
+
+def patch_features(frozen: Frozen, name: str) -> Callable[[Any, np.ndarray], np.ndarray]:
+    """Makes a function of parameters and frames [n, H, W, C] uint8 that gives the features of patches [n, N, D].
+
+    They are the encoder's output, or pixels. n must be a multiple of the devices, which share the work.
+    """
+    model, data = frozen.model, frozen.data
+
+    def apply(params: Any, frames: jax.Array) -> jax.Array:
+        patches = patchify(normalise(frames, mean=data.mean, std=data.std), model.patch_size)
+        if name == PIXELS:
+            return patches
+        square = encoder_for(model, image_size=frozen.trained_size, trained_size=frozen.trained_size)
+        _, height, width, _ = frames.shape
+        encoder = square.clone(grid=height // model.patch_size, columns=width // model.patch_size)
+        return encoder.apply({"params": params}, patches)  # type: ignore[return-value]
+
+    split = sharding.batch(frozen.mesh)
+    compiled = jax.jit(apply, in_shardings=(None, split), out_shardings=split)
+
+    def encode(params: Any, frames: np.ndarray) -> np.ndarray:
+        batch = jax.ShapeDtypeStruct(frames.shape, frames.dtype, sharding=split)
+        mine = frames[np.array(sharding.local_rows(batch))]
+        return cast(np.ndarray, sharding.fetch(compiled(params, sharding.from_local_rows(mine, batch))))
+
+    return encode
+
+
+def _draw(shown: "Sequence[Video]", results: "dict[str, Result]", path: epath.Path) -> None:
+    columns: dict[str, list[np.ndarray]] = {}
+    for video in shown:
+        masks = results[video.name].masks
+        for part in range(_FRAMES):
+            i = round(part * (len(masks) - 1) / (_FRAMES - 1))
+            name = "first frame, given" if part == 0 else f"{part}/{_FRAMES - 1} of the video"
+            frame = read_frame(video.frames[i], masks.shape[:0:-1], 3) / 255
+            colours = colormaps["tab10"]((masks[i].astype(int) - 1) % 10)[..., :3]
+            columns.setdefault(name, []).append(np.where(masks[i][..., None] > 0, 0.5 * frame + 0.5 * colours, frame))
+    title = f"Masks propagated through {', '.join(video.name for video in shown)}"
+    plots.side_by_side(columns, path, title=title)
 
 
 class Video(NamedTuple):
@@ -30,7 +121,7 @@ class Video(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Of one video."""
+    """Holds what was found in one video, and how good it is."""
 
     scores: dict[str, list[float]]  # "J" and "F" of each object
     masks: np.ndarray  # [T, H, W] uint8, what was found
@@ -116,14 +207,14 @@ _segment = jax.jit(tracking.segment, static_argnames=("columns", "patch_size"))
 
 
 def summary(results: dict[str, Result]) -> dict[str, Any]:
-    """Name of a video -> its result, as JSON: J, F, and their mean J&F, over all objects of all videos, in [0, 1]."""
+    """Averages J, F and J&F, all in [0, 1], over all objects of all videos; `results` go by the video's name."""
     objects = {name: result.scores for name, result in results.items()}
     j, f = (float(np.mean([x for scores in objects.values() for x in scores[key]])) for key in ("J", "F"))
-    return {"J&F %": (j + f) / 2, "J %": j, "F %": f, "objects": objects}
+    return {"J&F": (j + f) / 2, "J": j, "F": f, "objects": objects}
 
 
 def read_mask(path: epath.Path) -> np.ndarray:
-    """[H, W] uint8: the number of the object at each pixel."""
+    """Reads the number of the object at each pixel, [H, W] uint8. Raises UserError."""
     try:
         with path.open("rb") as file, Image.open(file) as image:
             require(image.mode in ("P", "L"), f"{path} is a {image.mode} image; a mask has a palette, or is grey")
@@ -133,7 +224,7 @@ def read_mask(path: epath.Path) -> np.ndarray:
 
 
 def read_frame(path: epath.Path, size: tuple[int, int], channels: int) -> np.ndarray:
-    """[H, W, C] uint8."""
+    """Reads a frame and resizes it to (width, height): [H, W, C] uint8. Raises UserError."""
     try:
         picture = open_picture(path.read_bytes(), channels).resize(size, Image.Resampling.BILINEAR)
     except Exception as error:  # a broken file makes the codecs raise almost anything

@@ -1,6 +1,6 @@
-"""Images -> features, on all devices.
+"""From images to features, on all devices.
 
-Shapes: B images of a batch, N patches, D width, n images of a split.
+Shapes: B images of a batch, N patches, L layers, D width, n images of a split.
 """
 
 import dataclasses
@@ -11,20 +11,24 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
 
-from cjepa_jax import sharding
-from cjepa_jax.config import Data, Model, require
+from cjepa_jax.config import Data, Model
 from cjepa_jax.data import pipeline
+from cjepa_jax.errors import require
 from cjepa_jax.evaluate.sets import Labelled
 from cjepa_jax.models.vit import Encoder, build_encoder, layer_norm, normalise, parse_size, patchify
+from cjepa_jax.train import sharding
 
-Apply = Callable[[Any, jax.Array], jax.Array]  # parameters, images [B, H, W, C] uint8 -> features [B, D] float32
+Params = Mapping[str, Any]
+# Maps parameters and images to features.
+Apply = Callable[[Params, UInt8[Array, "B H W C"]], Float[Array, "B L D"]]
 
 
 def encoder_for(model: Model, *, image_size: int, trained_size: int) -> Encoder:
-    """The encoder for images of another size than in training, perhaps: positions are then interpolated.
+    """Builds the encoder for images of any size; positions are interpolated where it is not that of training.
 
-    Raises UserError where the patches do not divide the images.
+    Sizes are pixels a side. Raises UserError where the patches do not divide the images.
     """
     require(
         image_size % model.patch_size == 0,
@@ -36,55 +40,56 @@ def encoder_for(model: Model, *, image_size: int, trained_size: int) -> Encoder:
 
 
 def mean_features(model: Model, data: Data, *, trained_size: int, layers: int = 1) -> Apply:
-    """Means over the patches of the last `layers` blocks' outputs, side by side, [B, layers * D].
+    """Returns a function that averages the outputs of the last `layers` blocks over the patches: [B, layers, D].
 
-    Each block's output goes through the encoder's final norm, as DINO's do, so
-    that the last D are the encoder's own features; whether I-JEPA norms the others
-    is not known. Raises UserError where the encoder has fewer blocks.
+    Each block's output goes through the encoder's final norm, as DINO's do, so that the last layer is the encoder's
+    own output; whether I-JEPA norms the others is not known. Raises UserError where the encoder has fewer blocks.
     """
     encoder = encoder_for(model, image_size=data.image_size, trained_size=trained_size)
     depth = parse_size(model.size).depth
     require(layers <= depth, f"{layers} layers are asked for; the encoder has {depth}")
 
-    def apply(params: Any, images: jax.Array) -> jax.Array:
+    def apply(params: Params, images: UInt8[Array, "B H W C"]) -> Float[Array, "B L D"]:
         patches = patchify(normalise(images, mean=data.mean, std=data.std), model.patch_size)
         variables = {"params": params}
         if layers == 1:
-            return cast(jax.Array, encoder.apply(variables, patches)).mean(axis=1)
+            return cast(jax.Array, encoder.apply(variables, patches)).mean(axis=1)[:, None]
         _, state = encoder.apply(variables, patches, mutable=["intermediates"])  # type: ignore[misc]
         blocks = state["intermediates"]["blocks"][-layers:]
-        return jnp.concatenate([layer_norm(x, params=params["norm"]).mean(axis=1) for x in blocks], axis=1)
+        return jnp.stack([layer_norm(x, params=params["norm"]).mean(axis=1) for x in blocks], axis=1)
 
     return apply
 
 
-def pixels(params: Any, images: jax.Array) -> jax.Array:
-    """[B, H, W, C] uint8 -> values in [0, 1], of sides longer than 32 every k-th pixel."""
+def pixels(params: Params, images: UInt8[Array, "B H W C"]) -> Float[Array, "B 1 D"]:
+    """Returns the images' values in [0, 1]; of sides longer than 32 pixels it takes every k-th one."""
     stride = max(1, images.shape[1] // 32)
-    return images[:, stride // 2 :: stride, stride // 2 :: stride].reshape(len(images), -1).astype(jnp.float32) / 255
+    thinned = images[:, stride // 2 :: stride, stride // 2 :: stride]
+    return thinned.reshape(len(images), 1, -1).astype(jnp.float32) / 255
 
 
 class Extractor:
-    """Features of the same images by several encoders, in one pass over them.
+    """Computes features of the same images by several encoders, in one pass over the images.
 
-    Processes share the reading, devices the work, without a word to one another.
+    The processes share the reading and the devices share the work; each process reads its own rows of a batch.
     """
 
     def __init__(self, encoders: Mapping[str, Apply], mesh: jax.sharding.Mesh, *, batch_size: int):
-        """batch_size is rounded up to a multiple of the devices."""
+        """Rounds `batch_size` up to a multiple of the devices."""
+        self.encoders, self.mesh = encoders, mesh
         self.size = math.ceil(batch_size / mesh.size) * mesh.size
         self._batch = sharding.batch(mesh)
-        self._encoders = {
+        self._compiled = {
             name: jax.jit(apply, in_shardings=(None, self._batch), out_shardings=self._batch)
             for name, apply in encoders.items()
         }
 
     def batches(
-        self, params: Mapping[str, Any], reader: pipeline.Reader, indices: Sequence[int], view: pipeline.View
-    ) -> Iterator[tuple[dict[str, jax.Array], jax.Array]]:
-        """Encoder's name -> features [size, D], with labels [size], on the devices; rows of NO_IMAGE hold nothing.
+        self, params: Mapping[str, Params], reader: pipeline.Reader, indices: Sequence[int], view: pipeline.View
+    ) -> Iterator[tuple[dict[str, Float[Array, "B L D"]], Int[Array, " B"]]]:
+        """Yields features by the encoder's name, and labels, on the devices; rows labelled NO_IMAGE hold nothing.
 
-        params: encoder's name -> parameters, whole on every device.
+        `params` are each encoder's parameters, whole on every device.
         """
         data = reader.data
         shape = (self.size, data.image_size, data.image_size, data.channels)
@@ -93,13 +98,13 @@ class Extractor:
         rows = sharding.local_rows(images)
         for mine, my_labels in pipeline.labelled_batches(reader, indices, size=self.size, view=view, rows=rows):
             batch = sharding.from_local_rows(mine, images)
-            found = {name: self._encoders[name](p, batch) for name, p in params.items()}
+            found = {name: self._compiled[name](p, batch) for name, p in params.items()}
             yield found, sharding.from_local_rows(my_labels, labels)
 
     def split(
-        self, params: Mapping[str, Any], reader: pipeline.Reader, indices: Sequence[int], view: pipeline.View
+        self, params: Mapping[str, Params], reader: pipeline.Reader, indices: Sequence[int], view: pipeline.View
     ) -> dict[str, Labelled]:
-        """Encoder's name -> the readable images at `indices`."""
+        """Returns features [n, L, D] and labels of the readable images at `indices`, by the encoder's name."""
         features: dict[str, list[np.ndarray]] = {name: [] for name in params}
         kept: list[np.ndarray] = []
         waiting: list[Any] = []  # a batch is fetched while the devices work on the next

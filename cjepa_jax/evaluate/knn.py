@@ -1,27 +1,81 @@
-"""k nearest neighbours by cosine: mathematics.
+"""k nearest neighbours by cosine.
 
 Shapes: m queries, n rows of the bank, D features, C classes.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
+from jaxtyping import Array, Float, Int
 
-from cjepa_jax import sharding
-from cjepa_jax.evaluate.sets import Labelled
+from cjepa_jax.errors import at_least, require
+from cjepa_jax.evaluate.base import Evaluator, Rows, over_draws
+from cjepa_jax.evaluate.frozen import Frozen
+from cjepa_jax.evaluate.sets import Labelled, few, unit
+from cjepa_jax.settings import setting
+from cjepa_jax.train import sharding
 
 
-def unit(features: jax.Array) -> jax.Array:
-    """Rows of length 1; a row of zeros stays."""
-    return features / jnp.maximum(jnp.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Knn(Evaluator):
+    """Classifies test images by their nearest neighbours, with all labels and with few."""
+
+    neighbours: int = setting(20, "Number of neighbours, k.")
+    temperature: float = setting(0.07, "Of the weighted vote: exp(cosine / temperature); DINO's.")
+    shots: int = setting(10, "Labels of a class, where few are used; 0: they are not.")
+    draws: int = setting(5, "Draws of the few labels.")
+
+    name: ClassVar[str] = "knn"
+
+    def __post_init__(self):
+        at_least("knn", 1, neighbours=self.neighbours, draws=self.draws)
+        at_least("knn", 0, shots=self.shots)
+        require(self.temperature > 0, f"knn.temperature must be positive, got {self.temperature}")
+
+    def quick(self) -> "Knn":
+        """Gives the same without the votes of few labels."""
+        return dataclasses.replace(self, shots=0)
+
+    def check(self, frozen: Frozen) -> None:
+        """Raises UserError where there are fewer training images than neighbours."""
+        images = len(frozen.train.source)
+        require(
+            self.neighbours <= images,
+            f"knn.neighbours = {self.neighbours} is more than the {images} training images; lower it",
+        )
+
+    def run(self, frozen: Frozen, stem: epath.Path | None) -> Rows:
+        """Gives accuracies of the weighted and the plain vote, and of the weighted one with few labels."""
+        rows: Rows = {}
+        for name, (train, test) in frozen.splits().items():
+            judge = functools.partial(accuracies, test=test, classes=frozen.classes, mesh=frozen.mesh)
+            k = min(self.neighbours, len(train.labels))
+            weighted, plain = judge(train, k=k, temperatures=[self.temperature, None])
+            rows[name] = {"weighted": weighted, "plain": plain}
+            if self.shots:
+                found = []
+                for chosen in few(train.labels, shots=self.shots, draws=self.draws, seed=frozen.seed):
+                    k = min(self.neighbours, len(chosen))
+                    found += judge(train.take(chosen), k=k, temperatures=[self.temperature])
+                rows[name][f"weighted, {self.shots} a class"] = over_draws(found)
+        return rows
+
+    def metrics(self, rows: Rows) -> dict[str, float]:
+        """Shows the weighted vote of the judged encoder."""
+        return {"knn": next(iter(rows.values()))["weighted"]}
 
 
 @functools.partial(jax.jit, static_argnames=("k", "chunk"))
-def nearest(queries: jax.Array, bank: jax.Array, *, k: int, chunk: int = 8192) -> tuple[jax.Array, jax.Array]:
-    """The k rows of bank [n, D] that are nearest to queries [m, D]: cosines and row numbers, [m, k], nearest first.
+def nearest(
+    queries: Float[Array, "m D"], bank: Float[Array, "n D"], *, k: int, chunk: int = 8192
+) -> tuple[Float[Array, "m k"], Int[Array, "m k"]]:
+    """Finds the k rows of the bank that are nearest to each query: their cosines and row numbers, nearest first.
 
     At most m * chunk similarities are held at a time.
     """
@@ -47,7 +101,7 @@ def nearest(queries: jax.Array, bank: jax.Array, *, k: int, chunk: int = 8192) -
 
 @functools.partial(jax.jit, static_argnames="classes")
 def vote(cosine: jax.Array, labels: jax.Array, *, classes: int, temperature: float | None = None) -> jax.Array:
-    """Neighbours' cosines and labels [m, k] -> the class with most votes [m].
+    """Gives the class with most votes [m] from neighbours' cosines and labels [m, k].
 
     A vote weighs exp(cosine / temperature) as in DINO, or 1 without a temperature; of a tie the lowest class wins.
     """
@@ -65,7 +119,10 @@ def accuracies(
     temperatures: Sequence[float | None],
     mesh: jax.sharding.Mesh,
 ) -> list[float]:
-    """Share of the test images whose neighbours vote for their class, by temperature; the devices share them."""
+    """Gives the share of the test images whose neighbours vote for their class, by temperature.
+
+    The devices share the test images.
+    """
     whole, split = sharding.replicated(mesh), sharding.batch(mesh)
     size = -(-min(1024, len(test.labels)) // mesh.size) * mesh.size
     bank, labels = jax.device_put(tuple(train), whole)

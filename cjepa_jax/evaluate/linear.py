@@ -1,156 +1,198 @@
-"""Linear probes, a grid of them at once: mathematics.
+"""Linear probe: a grid of linear classifiers on frozen features; their mathematics is in linear_grid.py."""
 
-A batch norm without affine, which all share, and a linear layer each, trained by
-SGD with Nesterov momentum and weight decay as PyTorch has them.
-
-Shapes: B images of a batch, m test images, G members of the grid, D features,
-C classes.
-"""
-
-import functools
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
+from etils import epath
 
-from cjepa_jax.evaluate.sets import Labelled, spread
+from cjepa_jax import pretrained
+from cjepa_jax.data import pipeline
+from cjepa_jax.errors import at_least, require
+from cjepa_jax.evaluate import linear_grid
+from cjepa_jax.evaluate.base import Evaluator, Rows
+from cjepa_jax.evaluate.features import Extractor
+from cjepa_jax.evaluate.frozen import PIXELS, Frozen
+from cjepa_jax.evaluate.sets import Labelled, last, spread
+from cjepa_jax.models.vit import parse_size
+from cjepa_jax.settings import setting
 
-EPS = 1e-5  # of the batch norm
-MOMENTUM = 0.9
-
-
-class Norm(NamedTuple):
-    """Mean and variance of all features seen: what the test images are normalised with."""
-
-    images: jax.Array
-    mean: jax.Array  # [D]
-    squares: jax.Array  # [D], summed squared distances from the mean
-
-
-class Probe(NamedTuple):
-    """G classifiers, and what their training carries along."""
-
-    norm: Norm
-    params: dict[str, jax.Array]  # kernel [G, D, C], bias [G, C]
-    momentum: Any
+Batches = Iterator[tuple[dict[str, jax.Array], jax.Array]]
 
 
-def grid(learning_rates: tuple[float, ...], weight_decays: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Every pair: learning rates [G] and weight decays [G]."""
-    rates, decays = np.meshgrid(learning_rates, weight_decays, indexing="ij")
-    return rates.ravel().astype(np.float32), decays.ravel().astype(np.float32)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Linear(Evaluator):
+    """Trains linear classifiers behind a batch norm without affine, by SGD with Nesterov momentum 0.9.
 
-
-def _optimizer(learning_rate: jax.Array, weight_decay: jax.Array) -> optax.GradientTransformation:
-    decayed = {"kernel": True, "bias": False}
-    sgd = optax.sgd(learning_rate, momentum=MOMENTUM, nesterov=True)
-    return optax.chain(optax.add_decayed_weights(weight_decay, mask=decayed), sgd)
-
-
-def fit(
-    epochs: Iterable[Iterable[tuple[Mapping[str, jax.Array], jax.Array]]],
-    members: Mapping[str, tuple[np.ndarray, np.ndarray]],
-    *,
-    decay_every: int,
-    classes: int,
-) -> dict[str, Probe]:
-    """Name of a representation -> probes on it, all trained in one pass over the batches.
-
-    epochs: of batches: the features [B, D] by name, and labels [B]. members: name
-    -> learning rates [G] and weight decays [G]; a rate is a tenth after every
-    `decay_every` epochs.
+    Epochs, momentum, decay and batch are VISSL's for ImageNet, which I-JEPA says it follows on other sets.
     """
-    probes: dict[str, Probe] = {}
-    for epoch, batches in enumerate(epochs):
-        factor = np.float32(0.1 ** (epoch // decay_every))
-        now = {name: (rates * factor, decays) for name, (rates, decays) in members.items()}
-        for features, labels in batches:
-            if not probes:
-                widths = {name: features[name].shape[1] for name in members}
-                probes = {n: init(len(x[0]), width=widths[n], classes=classes) for n, x in members.items()}
-            jax.block_until_ready(probes)  # one batch ahead of the devices is enough
-            probes = train_steps(probes, features, labels, now)
-    return probes
 
-
-def init(members: int, *, width: int, classes: int) -> Probe:
-    """Zeros: the problem is convex."""
-    params = {"kernel": jnp.zeros((members, width, classes)), "bias": jnp.zeros((members, classes))}
-    norm = Norm(jnp.zeros(()), jnp.zeros(width), jnp.zeros(width))
-    return Probe(norm, params, jax.vmap(_optimizer(jnp.zeros(()), jnp.zeros(())).init)(params))
-
-
-def _logits(params: dict[str, jax.Array], normalised: jax.Array) -> jax.Array:
-    """[B, D] -> [G, B, C]."""
-    return jnp.einsum("bd,gdc->gbc", normalised, params["kernel"]) + params["bias"][:, None]
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def train_steps(
-    probes: dict[str, Probe],
-    features: Mapping[str, jax.Array],
-    labels: jax.Array,
-    members: Mapping[str, tuple[jax.Array, jax.Array]],
-) -> dict[str, Probe]:
-    """`train_step` of every representation, as one program."""
-    return {name: train_step(probe, features[name], labels, *members[name]) for name, probe in probes.items()}
-
-
-def train_step(
-    probe: Probe, features: jax.Array, labels: jax.Array, learning_rates: jax.Array, weight_decays: jax.Array
-) -> Probe:
-    """One step of all members on features [B, D], labels [B]; rows with a negative label do not count."""
-    counted = (labels >= 0).astype(features.dtype)[:, None]
-    count = counted.sum()
-    mean = (features * counted).sum(axis=0) / count
-    squares = (jnp.square(features - mean) * counted).sum(axis=0)
-    normalised = (features - mean) * jax.lax.rsqrt(squares / count + EPS)
-
-    def loss(params: dict[str, jax.Array]) -> jax.Array:
-        logits = _logits(params, normalised)
-        wanted = jnp.broadcast_to(jnp.maximum(labels, 0), logits.shape[:2])
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, wanted)
-        return (losses * counted[:, 0]).sum() / count  # over the members too: each has a gradient of its own
-
-    def update(rate: jax.Array, decay: jax.Array, grads: Any, momentum: Any, params: Any) -> Any:
-        updates, momentum = _optimizer(rate, decay).update(grads, momentum, params)
-        return optax.apply_updates(params, updates), momentum
-
-    grads = jax.grad(loss)(probe.params)
-    params, momentum = jax.vmap(update)(learning_rates, weight_decays, grads, probe.momentum, probe.params)
-
-    seen, total = probe.norm, probe.norm.images + count
-    difference = mean - seen.mean  # Chan's way to join two sets
-    norm = Norm(
-        total,
-        seen.mean + difference * count / total,
-        seen.squares + squares + jnp.square(difference) * seen.images * count / total,
+    layers: tuple[int, ...] = setting(
+        (1, 4), "Last blocks whose means are concatenated; each number is a representation to try."
     )
-    return Probe(norm, params, momentum)
+    learning_rates: tuple[float, ...] = setting(
+        (0.003, 0.01, 0.03, 0.1, 0.3, 1.0), "The grid, trained at once: for 256 images, scaled with batch_size."
+    )
+    weight_decays: tuple[float, ...] = setting((0.0, 5e-4, 5e-3), "The grid's other side.")
+    epochs: int = setting(28, "Length of the training.")
+    min_steps: int = setting(3000, "Where these epochs have fewer steps, they and decay_every are multiplied.")
+    decay_every: int = setting(8, "Epochs after which the learning rate is a tenth.")
+    batch_size: int = setting(256, "Images of a step.")
+    holdout: float = setting(0.1, "Share of the training images that choose the member of the grid.")
+    augment: bool = setting(
+        False, "Features of new random views each epoch, instead of those of central crops, computed once."
+    )
+
+    name: ClassVar[str] = "linear"
+    numbers: ClassVar[tuple[str, ...]] = ("layers", "learning rate", "weight decay")
+
+    def __post_init__(self):
+        at_least("linear", 1, epochs=self.epochs, min_steps=self.min_steps, decay_every=self.decay_every)
+        at_least("linear", 2, batch_size=self.batch_size)
+        at_least("linear", 1, **{f"layers[{i}]": x for i, x in enumerate(self.layers)})
+        for key in ("layers", "learning_rates", "weight_decays"):
+            require(len(getattr(self, key)) > 0, f"linear.{key} is empty")
+        require(0 < self.holdout < 1, f"linear.holdout must be in (0, 1), got {self.holdout}")
+
+    @property
+    def deepest(self) -> int:
+        """Says how many of the encoder's last blocks are read."""
+        return max(self.layers)
+
+    def run(self, frozen: Frozen, stem: epath.Path | None) -> Rows:
+        """Chooses the member of the grid on held-out training images, and gives its accuracy on the test images.
+
+        Without augmentation the member is then trained anew on all training images. With a `stem`, the encoder is
+        left as a checkpoint with the classifier of its last layer as a head, STEM.linear.
+        """
+        frozen.check_labels()
+        mesh, seed = frozen.mesh, frozen.seed
+        scale = self.batch_size / 256
+        rates, decays = linear_grid.grid(tuple(scale * rate for rate in self.learning_rates), self.weight_decays)
+        # Small sets have few batches an epoch.
+        n = len(frozen.train.source)
+        longer = max(1, math.ceil(self.min_steps / (self.epochs * max(1, n // self.batch_size))))
+        depths = sorted({min(depth, parse_size(frozen.model.size).depth) for depth in self.layers})
+        keys = {  # representation -> (encoder, how many layers of it)
+            f"{name}, {depth}": (name, depth)
+            for name in frozen.params
+            for depth in depths
+            if name != PIXELS or depth == 1
+        }
+        sets = {depth: frozen.splits(layers=depth) for depth in depths}
+        train = {key: sets[depth][name].train for key, (name, depth) in keys.items()}
+        test = {key: sets[depth][name].test for key, (name, depth) in keys.items()}
+        epochs = longer * self.epochs
+
+        def fit(batches: Iterator[Batches], members: Mapping[str, Any]) -> dict[str, linear_grid.Probe]:
+            every = longer * self.decay_every
+            return linear_grid.fit(batches, members, decay_every=every, classes=frozen.classes)
+
+        def cached(images: Mapping[str, Labelled]) -> Iterator[Batches]:
+            return _cached(images, epochs=epochs, batch_size=self.batch_size, seed=seed, mesh=mesh)
+
+        order = np.random.default_rng(seed).permutation(len(frozen.train.source))
+        held = np.sort(order[: max(1, round(self.holdout * len(order)))])
+        everything = {key: (rates, decays) for key in keys}
+        if self.augment:
+            rest = np.setdiff1d(order, held)
+            view = pipeline.central_view(frozen.train, crop_fraction=frozen.crop_fraction)
+            found = frozen.extractor.split(frozen.params, frozen.train, held.tolist(), view)
+            valid = {key: found[name].last(depth) for key, (name, depth) in keys.items()}
+            batches = _augmented(frozen, rest, keys, epochs=epochs, batch_size=self.batch_size)
+            probes = fit(batches, everything)
+        else:
+            rows = len(next(iter(train.values())).labels)  # fewer than there are images, where some cannot be read
+            held = held[held < rows]
+            rest = np.setdiff1d(np.arange(rows), held)
+            valid = {key: images.take(held) for key, images in train.items()}
+            probes = fit(cached({key: images.take(rest) for key, images in train.items()}), everything)
+        scores = {key: linear_grid.accuracies(probes[key], valid[key], mesh=mesh) for key in keys}
+        best = {key: int(score.argmax()) for key, score in scores.items()}
+        if self.augment:
+            tested = {key: linear_grid.accuracies(probes[key], test[key], mesh=mesh)[best[key]] for key in keys}
+        else:
+            probes = fit(cached(train), {key: (rates[[i]], decays[[i]]) for key, i in best.items()})
+            tested = {key: linear_grid.accuracies(probes[key], test[key], mesh=mesh)[0] for key in keys}
+
+        # Else positions were interpolated.
+        if stem is not None and 1 in depths and frozen.data.image_size == frozen.trained_size:
+            key = f"{frozen.judged}, 1"
+            head = linear_grid.fold(probes[key], best[key] if self.augment else 0)
+            _save_with_head(frozen, stem.with_name(f"{stem.name}.linear"), head)
+
+        results: Rows = {}
+        for name in frozen.params:
+            mine = [key for key in keys if keys[key][0] == name]
+            chosen = max(mine, key=lambda key: scores[key].max())
+            results[name] = {
+                "linear": float(tested[chosen]),
+                "layers": keys[chosen][1],
+                "learning rate": float(rates[best[chosen]]),
+                "weight decay": float(decays[best[chosen]]),
+                "held-out": float(scores[chosen].max()),
+                "all": {
+                    f"last {keys[key][1]} layers": {
+                        "test": float(tested[key]),
+                        "learning rate": float(rates[best[key]]),
+                        "weight decay": float(decays[best[key]]),
+                        "held-out accuracy of the grid": [
+                            [float(rate), float(decay), float(score)]
+                            for rate, decay, score in zip(rates, decays, scores[key], strict=True)
+                        ],
+                    }
+                    for key in mine
+                },
+            }
+        return results
+
+    def metrics(self, rows: Rows) -> dict[str, float]:
+        """Shows the accuracy of the judged encoder."""
+        return {"linear": next(iter(rows.values()))["linear"]}
 
 
-@jax.jit
-def predict(probe: Probe, features: jax.Array) -> jax.Array:
-    """Features [m, D] -> classes [G, m]."""
-    norm = probe.norm
-    normalised = (features - norm.mean) * jax.lax.rsqrt(norm.squares / norm.images + EPS)
-    return _logits(probe.params, normalised).argmax(axis=-1)
+def _save_with_head(frozen: Frozen, path: epath.Path, head: dict[str, np.ndarray]) -> None:
+    """Writes the encoder with a classifier on its features as a checkpoint, in the place of one that may be there."""
+    assert frozen.origin
+    if path.exists():
+        path.rmtree()
+    networks, encoder = frozen.origin.networks, frozen.origin.encoder
+    params = {encoder: networks.params[encoder], "head": head}
+    pretrained.save(path, networks._replace(params=params, classes=frozen.train.source.classes, predictor=None))
 
 
-def fold(probe: Probe, member: int) -> dict[str, np.ndarray]:
-    """One classifier with its batch norm in it, for features as they come: kernel [D, C], bias [C]."""
-    norm, params = jax.device_get((probe.norm, probe.params))
-    kernel = params["kernel"][member] / np.sqrt(norm.squares / norm.images + EPS)[:, None]
-    return {"kernel": kernel, "bias": params["bias"][member] - norm.mean @ kernel}
+def _cached(
+    images: Mapping[str, Labelled], *, epochs: int, batch_size: int, seed: int, mesh: jax.sharding.Mesh
+) -> Iterator[Batches]:
+    """Yields epochs of shuffled batches of features; what is left over is in another epoch's batches."""
+    n = len(next(iter(images.values())).labels)
+    rng = np.random.default_rng(seed)
+
+    def batches(order: np.ndarray) -> Batches:
+        for start in range(0, max(1, n // batch_size) * batch_size, batch_size):
+            rows = order[start : start + batch_size]
+            batch = {key: spread(x.take(rows), mesh) for key, x in images.items()}
+            yield {key: features for key, (features, _) in batch.items()}, next(iter(batch.values()))[1]
+
+    for _ in range(epochs):
+        yield batches(rng.permutation(n))
 
 
-def accuracies(probe: Probe, test: Labelled, *, mesh: jax.sharding.Mesh) -> np.ndarray:
-    """Share of the test images that each member gets right, [G]; the devices share the images."""
-    right = np.zeros(len(probe.params["bias"]), int)
-    for start in range(0, len(test.labels), 4096):  # bounds the logits
-        features, labels = spread(test.take(np.arange(start, min(start + 4096, len(test.labels)))), mesh)
-        right += jax.device_get((predict(probe, features) == labels).sum(axis=1))
-    return right / len(test.labels)
+def _augmented(
+    frozen: Frozen, indices: np.ndarray, keys: Mapping[str, tuple[str, int]], *, epochs: int, batch_size: int
+) -> Iterator[Batches]:
+    """Yields epochs of shuffled batches of the features of random views."""
+    extractor = Extractor(frozen.extractor.encoders, frozen.mesh, batch_size=batch_size)
+    full = len(indices) // extractor.size * extractor.size or len(indices)
+
+    def batches(epoch: int) -> Batches:
+        view = pipeline.random_view(frozen.train, seed=(frozen.seed, epoch))
+        order = np.random.default_rng((frozen.seed, epoch)).permutation(indices)[:full]
+        for found, labels in extractor.batches(frozen.params, frozen.train, order.tolist(), view):
+            yield {key: last(found[name], depth) for key, (name, depth) in keys.items()}, labels
+
+    for epoch in range(epochs):
+        yield batches(epoch)

@@ -1,20 +1,64 @@
-"""Multinomial logistic regression on standardised features, by L-BFGS: mathematics.
+"""Multinomial logistic regression on standardised features, by L-BFGS, with all labels and with few.
 
 Shapes: n training and m test images, D features, C classes.
 """
 
+import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from etils import epath
 
-from cjepa_jax.evaluate.sets import Labelled, spread
+from cjepa_jax.errors import at_least, require
+from cjepa_jax.evaluate.base import Evaluator, Rows, over_draws
+from cjepa_jax.evaluate.frozen import Frozen
+from cjepa_jax.evaluate.sets import Labelled, few, spread
+from cjepa_jax.settings import setting
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Logistic(Evaluator):
+    """Fits a logistic regression on all labels and on few."""
+
+    fraction: float = setting(0.01, "Share of the labels, in equal shares of the classes, at least one each; 0: none.")
+    shots: tuple[int, ...] = setting((1, 5, 10), "Labels of a class.")
+    draws: int = setting(5, "Draws of the few labels.")
+
+    name: ClassVar[str] = "logistic"
+
+    def __post_init__(self):
+        require(0 <= self.fraction <= 1, f"logistic.fraction must be in [0, 1], got {self.fraction}")
+        at_least("logistic", 1, draws=self.draws, **{f"shots[{i}]": x for i, x in enumerate(self.shots)})
+
+    def quick(self) -> "Logistic":
+        """Gives the same without the draws of few labels."""
+        return dataclasses.replace(self, fraction=0.0, shots=())
+
+    def run(self, frozen: Frozen, stem: epath.Path | None) -> Rows:
+        """Gives the accuracy with all labels, and those of draws of few."""
+        rows: Rows = {}
+        for name, (train, test) in frozen.splits().items():
+            judge = functools.partial(accuracy, test=test, classes=frozen.classes, mesh=frozen.mesh)
+            rows[name] = {"all labels": judge(train)}
+            ways = {f"{shots} a class": shots for shots in self.shots}
+            if self.fraction:
+                part = max(1, round(self.fraction * len(train.labels) / frozen.classes))
+                ways = {f"{100 * self.fraction:g} % of labels": part} | ways
+            for way, shots in ways.items():
+                drawn = few(train.labels, shots=shots, draws=self.draws, seed=frozen.seed)
+                rows[name][way] = over_draws([judge(train.take(chosen)) for chosen in drawn])
+        return rows
+
+    def metrics(self, rows: Rows) -> dict[str, float]:
+        """Shows the accuracy of the judged encoder with all labels."""
+        return {"logistic": next(iter(rows.values()))["all labels"]}
 
 
 class Classifier(NamedTuple):
-    """What `fit` learns."""
+    """Holds a classifier that `fit` has learned."""
 
     mean: jax.Array  # [D], of the training features
     std: jax.Array
@@ -22,9 +66,9 @@ class Classifier(NamedTuple):
     bias: jax.Array  # [C]
 
     def logits(self, features: jax.Array) -> jax.Array:
-        """[m, D] -> [m, C]."""
-        standard = (features - self.mean) / self.std
-        return jnp.dot(standard, self.kernel, precision="highest") + self.bias
+        """Computes logits [m, C] of features [m, D]."""
+        standard = (features - self.mean[None]) / self.std[None]
+        return jnp.dot(standard, self.kernel, precision="highest") + self.bias[None]
 
 
 @functools.partial(jax.jit, static_argnames=("classes", "iterations"))
@@ -39,7 +83,7 @@ def fit(
     counted = (labels >= 0).astype(features.dtype)[:, None]
     n = counted.sum()
     mean = (features * counted).sum(axis=0) / n
-    std = jnp.sqrt((jnp.square(features - mean) * counted).sum(axis=0) / n)
+    std = jnp.sqrt((jnp.square(features - mean[None]) * counted).sum(axis=0) / n)
     std = jnp.where(std > 1e-6, std, 1.0)
     zero = jnp.zeros((features.shape[1], classes), features.dtype), jnp.zeros(classes, features.dtype)
 
@@ -69,7 +113,7 @@ def fit(
 
 
 def accuracy(train: Labelled, test: Labelled, *, classes: int, mesh: jax.sharding.Mesh) -> float:
-    """Share of the test images that the classifier gets right; the devices share the images."""
+    """Gives the share of the test images that the classifier gets right; the devices share the images."""
     features, labels = spread(train, mesh)
     classifier = fit(features, labels, classes=classes)
     features, labels = spread(test, mesh)

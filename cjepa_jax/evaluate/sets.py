@@ -1,39 +1,55 @@
-"""Features with labels: splits, and draws of few labels.
+"""Features with labels: the images of a split, draws of few labels, and checks.
 
-Shapes: n training and m test images, D features.
+Shapes: n images, L layers, D features.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
-from cjepa_jax import sharding
-from cjepa_jax.config import require
+from cjepa_jax.errors import require
+from cjepa_jax.train import sharding
 
 
 class Labelled(NamedTuple):
-    """Images of one split."""
+    """The images of one split: an encoder's features [n, L, D], or [n, D] where they are laid flat, and labels."""
 
-    features: np.ndarray  # [n, D] float32
-    labels: np.ndarray  # [n] int32
+    features: Float[np.ndarray, "n *L D"]
+    labels: Int[np.ndarray, " n"]
 
-    def take(self, index: np.ndarray) -> "Labelled":
-        """Some of them."""
-        return Labelled(self.features[index], self.labels[index])
+    def take(self, rows: Int[np.ndarray, " m"]) -> "Labelled":
+        """Returns some of the images, by row number."""
+        return Labelled(self.features[rows], self.labels[rows])
+
+    def last(self, layers: int) -> "Labelled":
+        """Lays the last layers of features [n, L, D] side by side: [n, layers * D]."""
+        return Labelled(last(self.features, layers), self.labels)
 
 
 class Splits(NamedTuple):
-    """The same encoder's features of the images to learn from and of those to judge by."""
+    """One encoder's features of the images to learn from and of those to judge by."""
 
     train: Labelled
     test: Labelled
 
 
-def check_classes(train: np.ndarray, test: np.ndarray, *, names: tuple[str, str]) -> None:
-    """Raises UserError where labels [n], [m] are missing, or of other classes than the other split's.
+def last(features: Any, layers: int) -> Any:
+    """Lays the last layers of features [n, L, D] side by side: [n, layers * D], fewer where there are fewer."""
+    return features[:, -layers:].reshape(len(features), -1)
 
-    names: of the splits, for the message.
+
+def unit(features: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
+    """Scales rows to length 1; a row of zeros stays."""
+    return features / jnp.maximum(jnp.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
+
+
+def check_classes(train: Int[np.ndarray, " n"], test: Int[np.ndarray, " m"], *, names: tuple[str, str]) -> None:
+    """Raises UserError where a label is missing, or where one split lacks a class of the other.
+
+    `names` are those of the two splits, for the message.
     """
     for name, labels in zip(names, (train, test), strict=True):
         missing = int((labels < 0).sum())
@@ -47,16 +63,16 @@ def check_classes(train: np.ndarray, test: np.ndarray, *, names: tuple[str, str]
         )
 
 
-def spread(images: Labelled, mesh: jax.sharding.Mesh) -> tuple[jax.Array, jax.Array]:
-    """Features and labels on all devices, each a share, filled up with rows of the label -1."""
+def spread(images: Labelled, mesh: jax.sharding.Mesh) -> tuple[Float[Array, "m D"], Int[Array, " m"]]:
+    """Shares features [n, D] and labels among all devices; rows with the label -1 fill up the last share."""
     more = -len(images.labels) % mesh.size
     padded = np.pad(images.features, ((0, more), (0, 0))), np.pad(images.labels, (0, more), constant_values=-1)
     features, labels = jax.device_put(padded, sharding.batch(mesh))
     return features, labels
 
 
-def few(labels: np.ndarray, *, shots: int, draws: int, seed: int) -> list[np.ndarray]:
-    """`draws` random choices of `shots` images of each class (all, where there are fewer), as row numbers."""
+def few(labels: Int[np.ndarray, " n"], *, shots: int, draws: int, seed: int) -> list[Int[np.ndarray, " m"]]:
+    """Draws `shots` images of each class at random, or all where there are fewer, several times; gives row numbers."""
     rng = np.random.default_rng(seed)
     chosen = []
     for _ in range(draws):

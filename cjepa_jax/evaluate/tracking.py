@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from cjepa_jax.evaluate.sets import unit
+
 # DINO's, for all its networks.
 CONTEXT_FRAMES = 7  # the last ones; the first frame, whose mask is given, is always there too
 RADIUS = 12  # patches to each side of a patch's place where its neighbours may lie
@@ -38,18 +40,18 @@ class Memory(NamedTuple):
 def remember(features: jax.Array, labels: jax.Array) -> Memory:
     """The memory after the first frame: features [N, D], labels [N, K]."""
     frames = 1 + CONTEXT_FRAMES
-    return Memory(jnp.tile(_unit(features), (frames, 1, 1)), jnp.tile(labels, (frames, 1, 1)), jnp.arange(frames) == 0)
+    return Memory(jnp.tile(unit(features), (frames, 1, 1)), jnp.tile(labels, (frames, 1, 1)), jnp.arange(frames) == 0)
 
 
 def propagate(memory: Memory, features: jax.Array, *, columns: int) -> tuple[jax.Array, Memory]:
-    """The next frame's features [N, D] -> its labels [N, K], and the memory with this frame.
+    """Gives the labels [N, K] of the next frame from its features [N, D], and the memory with this frame.
 
     A patch has the mean label of its most similar patches in memory, weighted by
     exp(cosine / TEMPERATURE). `columns`: patches in a row.
     """
-    features = _unit(features)
+    features = unit(features)
     row, column = jnp.divmod(jnp.arange(len(features)), columns)
-    near = (abs(row[:, None] - row) <= RADIUS) & (abs(column[:, None] - column) <= RADIUS)
+    near = (abs(row[:, None] - row[None]) <= RADIUS) & (abs(column[:, None] - column[None]) <= RADIUS)
     cosine = jnp.einsum("nd,msd->nms", features, memory.features, precision="highest")
     cosine = jnp.where(near[:, None, :] & memory.valid[None, :, None], cosine, -jnp.inf)
     best, idx = jax.lax.top_k(rearrange(cosine, "n m s -> n (m s)"), NEIGHBOURS)
@@ -62,12 +64,8 @@ def propagate(memory: Memory, features: jax.Array, *, columns: int) -> tuple[jax
     return labels, Memory(*map(newest, memory, (features, labels, jnp.bool_(True))))
 
 
-def _unit(features: jax.Array) -> jax.Array:
-    return features / jnp.linalg.norm(features, axis=-1, keepdims=True).clip(1e-12)
-
-
 def segment(labels: jax.Array, *, columns: int, patch_size: int) -> jax.Array:
-    """Labels of patches [N, K] -> the label of each pixel [H, W] int32.
+    """Gives the label of each pixel [H, W] int32 from the labels of patches [N, K].
 
     Each label's map is enlarged bilinearly and stretched to [0, 1] before the
     largest one is taken, as DINO does: an object that faded is not lost.
@@ -75,7 +73,7 @@ def segment(labels: jax.Array, *, columns: int, patch_size: int) -> jax.Array:
     maps = rearrange(labels, "(h w) k -> h w k", w=columns)
     height, width, count = maps.shape
     maps = jax.image.resize(maps, (height * patch_size, width * patch_size, count), "bilinear")
-    low, high = maps.min(axis=(0, 1)), maps.max(axis=(0, 1))
+    low, high = (f(axis=(0, 1), keepdims=True) for f in (maps.min, maps.max))
     return jnp.argmax(jnp.where(high > low, (maps - low) / (high - low), maps), axis=-1)
 
 
@@ -86,7 +84,7 @@ def region_similarity(found: np.ndarray, truth: np.ndarray) -> float:
 
 
 def boundary(mask: np.ndarray) -> np.ndarray:
-    """[H, W] bool: pixels that differ from their right, lower or lower right neighbour."""
+    """Marks the pixels [H, W] that differ from their right, lower or lower right neighbour."""
     padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
     return (mask != padded[:-1, 1:]) | (mask != padded[1:, :-1]) | (mask != padded[1:, 1:])
 

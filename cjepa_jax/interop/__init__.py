@@ -1,1 +1,1 @@
-"""Checkpoints of others: I-JEPA's release, timm, transformers."""
+"""Reads and writes the checkpoints of other programs: I-JEPA's release, timm and transformers."""

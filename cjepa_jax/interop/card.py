@@ -1,4 +1,4 @@
-"""The model card: what the checkpoint is, and the numbers that its run measured, none others."""
+"""Writes the model card: what the checkpoint is, and the numbers that its own run measured."""
 
 import json
 from collections.abc import Mapping
@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from cjepa_jax import metrics
-from cjepa_jax.config import UserError, one_line
+from cjepa_jax.errors import UserError, one_line
+from cjepa_jax.methods import METHODS, find_method
 from cjepa_jax.models.vit import parse_size
 from cjepa_jax.pretrained import Pretrained
+from cjepa_jax.train import writer
 
 _SETTINGS = (
     *("data.source", "data.name", "data.train_split", "data.batch_size", "optim.epochs", "optim.learning_rate"),
@@ -19,46 +20,79 @@ _SETTINGS = (
 )
 
 
+Table = Mapping[str, Mapping[str, float]]  # encoder or baseline -> measure -> number
+
+
 class Run(NamedTuple):
-    """What a workdir says about the checkpoint that is converted; empty where it says nothing."""
+    """Holds what a workdir says about the checkpoint that is converted; fields are empty where it says nothing."""
 
     source: str  # the name of its folder or file
-    tower: str
+    encoder: str  # the name of the encoder that is converted
     config: Mapping[str, Any] = MappingProxyType({})
-    metrics: Mapping[str, float] = MappingProxyType({})  # the last ones up to the checkpoint
-    evaluation: Mapping[str, Mapping[str, float]] = MappingProxyType({})  # the table of evaluation.json
+    metrics: Mapping[str, float] = MappingProxyType({})  # the last ones logged up to the checkpoint
+    evaluation: Mapping[str, Table] = MappingProxyType({})  # a table per evaluator
 
     @property
     def crop_fraction(self) -> float:
-        """Side of the central crop that is evaluated, over the short side of the image."""
+        """Returns the side of the central crop that is evaluated, over the short side of the image."""
         return float(self.config.get("eval.crop_fraction", 0.875))
 
 
-def read_run(workdir: epath.Path, *, step: int, tower: str) -> Run:
-    """Of the checkpoint at `step` of a workdir. Raises UserError for a damaged file."""
-    lines = metrics.read(workdir)
+def read_run(workdir: epath.Path, *, step: int, encoder: str) -> Run:
+    """Reads what a workdir says about its checkpoint at `step`. Raises UserError for a damaged file."""
+    lines = writer.read(workdir)
     last: dict[str, float] = {}
-    for line in lines:  # a step may have two, of training and of probes
+    for line in lines:  # a step may have two lines, one of training and one of evaluation
         if line["step"] <= step:
             last = (last if line["step"] == last.get("step") else {}) | line
     path = workdir / "evaluation.json"
     try:
         config = json.loads((workdir / "config.json").read_text())
-        # It is written at the end of a run: about the target encoder, or by fine-tuning about both of its networks.
-        its_own = (tower == "target_encoder") == _pretrained(config) and (not lines or lines[-1]["step"] <= step)
-        evaluation = json.loads(path.read_text()) if path.exists() and its_own else {}
+        evaluation = json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
         raise UserError(f"a JSON file in {workdir} is damaged ({one_line(error)})") from None
-    tables = {name: row for name, row in evaluation.get("results", evaluation).items() if isinstance(row, dict)}
-    return Run(workdir.name, tower, config, last, tables)
+    # evaluation.json is written at the end of a run, about the target encoder where the method has one.
+    has_target = "target_encoder" in find_method(config).averaged
+    its_own = (encoder == "target_encoder") == has_target and (not lines or lines[-1]["step"] <= step)
+    return Run(workdir.name, encoder, config, last, _tables(evaluation) if its_own else {})
 
 
-def _pretrained(config: Mapping[str, Any]) -> bool:
-    return "vicreg.weight" in config
+def _tables(evaluation: Mapping[str, Any]) -> dict[str, Table]:
+    """Returns the numbers of evaluation.json by evaluator, encoder and measure; draws become their mean.
+
+    Runs from before there were evaluators have one table, which gets the name "". It lies in "results" where the run
+    was fine-tuning, and else is the whole file.
+    """
+    results = evaluation.get("results", evaluation)
+    if any(isinstance(value, int | float) for row in results.values() for value in row.values()):  # not by evaluator
+        results = {"": results}
+    tables: dict[str, Table] = {}
+    for evaluator, rows in results.items():
+        table = {name: {key: x for key in row if (x := _number(row[key])) is not None} for name, row in rows.items()}
+        if any(table.values()):
+            tables[evaluator] = table
+    return tables
+
+
+def _number(value: Any) -> float | None:
+    """Returns a measure's number, or its mean over draws; None where it is something else, such as a list."""
+    number = value.get("mean") if isinstance(value, dict) else value
+    return number if isinstance(number, int | float) else None
+
+
+def _training(config: Mapping[str, Any]) -> str:
+    """Says how a run with these settings was trained."""
+    method = find_method(config)
+    if method.needs_labels:
+        return f"{'Trained from scratch' if config.get('model.encoder') == 'random' else 'Fine-tuned'} with labels"
+    name = config.get("method", "cjepa")
+    if method is METHODS["cjepa"]:
+        name = "C-JEPA" if config.get("vicreg.weight") else "I-JEPA"
+    return f"Pre-trained with {name}, self-supervised"
 
 
 def readme(networks: Pretrained, run: Run) -> str:
-    """The card, in Markdown."""
+    """Returns the card in Markdown."""
     size, patch = networks.model.size, networks.model.patch_size
     head = "head" in networks.params
     millions = sum(x.size for x in jax.tree.leaves(networks.params)) / 1e6
@@ -76,7 +110,7 @@ tags:
 # {name}/{patch} of {run.source}
 
 A Vision Transformer without class token, {what} of {millions:.2f} M parameters for images of {pixels} x {pixels}
-pixels, written by cjepa_jax from the {run.tower.replace("_", " ")}{_when(networks)}.
+pixels, written by cjepa_jax from the {run.encoder.replace("_", " ")}{_when(networks)}.
 The last hidden state holds {(pixels // patch) ** 2} patch features of {width} numbers, after the final LayerNorm; the
 feature of an image is their mean. Normalisation: mean {_numbers(networks.mean)}, standard deviation
 {_numbers(networks.std)}.
@@ -85,9 +119,7 @@ feature of an image is their mean. Normalisation: mean {_numbers(networks.mean)}
     trained = "optim.epochs" in run.config
     text += "\n## Training\n\n"
     if trained:
-        method = "C-JEPA" if run.config.get("vicreg.weight") else "I-JEPA"
-        how = f"Pre-trained with {method}, self-supervised" if _pretrained(run.config) else "Fine-tuned with labels"
-        text += f"{how}. Settings:\n\n| | |\n|---|---|\n"
+        text += f"{_training(run.config)}. Settings:\n\n| | |\n|---|---|\n"
         text += "".join(f"| `{key}` | {value} |\n" for key, value in settings)
     else:
         text += "The checkpoint does not say how it was trained.\n"
@@ -96,11 +128,12 @@ feature of an image is their mean. Normalisation: mean {_numbers(networks.mean)}
         text += "".join(f"| `{key}` | {value:.4g} |\n" for key, value in run.metrics.items() if key != "step")
     text += "\n## Evaluation\n\n"
     if run.evaluation:
-        keys = list(dict.fromkeys(key for row in run.evaluation.values() for key in row))
-        text += f"As the run measured it, on its own test split (`{run.config.get('data.test_split')}`):\n\n"
-        text += f"| | {' | '.join(keys)} |\n|---{'|---' * len(keys)}|\n"
-        for name, row in run.evaluation.items():
-            text += f"| {name} | {' | '.join(_cell(row.get(key)) for key in keys)} |\n"
+        text += f"As the run measured it, on its own test split (`{run.config.get('data.test_split')}`):\n"
+        for evaluator, table in run.evaluation.items():
+            keys = list(dict.fromkeys(key for row in table.values() for key in row))
+            text += f"\n| {evaluator} | {' | '.join(keys)} |\n|---{'|---' * len(keys)}|\n"
+            for name, row in table.items():
+                text += f"| {name} | {' | '.join(f'{row[key]:.4g}' if key in row else '' for key in keys)} |\n"
     else:
         text += "Not measured.\n"
     model = "IJepaForImageClassification" if head else "IJepaModel"
@@ -124,7 +157,3 @@ def _when(networks: Pretrained) -> str:
 
 def _numbers(values: tuple[float, ...]) -> str:
     return ", ".join(f"{value:g}" for value in values)
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, int | float) else ""

@@ -1,68 +1,73 @@
-"""A checkpoint of one kind -> one of another, whole or not at all."""
+"""Converts a checkpoint of one format to another, completely or not at all."""
 
 import contextlib
 import os
 import pathlib
 import shutil
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from etils import epath
 
 from cjepa_jax import pretrained
-from cjepa_jax.config import require
+from cjepa_jax.errors import require
 from cjepa_jax.interop import card, formats, tensors, timm
 
-# All that a folder of ours holds; --force deletes no other.
+# Everything that a folder written here may hold; --force deletes no folder that holds anything else.
 _OURS = {"config.json", "checkpoints", "model.safetensors", "preprocessor_config.json", "README.md"}
 
 
-def convert(source: str, output: str, kind: str, *, tower: str | None, force: bool, given: tensors.Given) -> str:
-    """What the command does; returns what to tell the user.
+def convert(
+    source: str, output: str, kind: str, *, encoder: str | None, force: bool, options: tensors.ImportOptions
+) -> str:
+    """Converts the checkpoint at `source` to the format `kind` at `output`; returns what to tell the user.
 
-    Raises UserError.
+    `encoder` chooses the one that goes into formats with room for one; None is the usual choice. Where `force` is
+    set, an output that exists is replaced.
+
+    Raises UserError for an input that cannot be read or has other names or shapes, and for an output that exists.
     """
     path = epath.Path(source).expanduser()
-    opened = formats.open_source(path, given)
+    opened = formats.open_source(path, options)
     target = pathlib.Path(output).expanduser()
     _check_output(path, target, kind, force)
-    towers = _choose(opened.towers, kind, tower)
-    networks = opened.load(towers)
-    if kind in ("timm", "transformers"):  # which know one encoder and one head
+    chosen = _choose(opened.networks, kind, encoder)
+    networks = opened.load(chosen)
+    if kind in ("timm", "transformers"):  # these formats know one encoder and one head
         networks = networks._replace(params={name.removeprefix("ema_"): x for name, x in networks.params.items()})
     shapes = pretrained.shapes(networks, classes=tensors.class_count(networks))
     for name in networks.params.keys() & shapes.keys():
         pretrained.check(networks.params[name], shapes[name], f"--input {source}: its {name}")
     if opened.kind == "orbax":
-        run = card.read_run(pretrained.describe(path)[0], step=networks.step, tower=towers[0])
+        run = card.read_run(pretrained.describe(path)[0], step=networks.step, encoder=chosen[0])
     else:
-        run = card.Run(path.name, towers[0])
+        run = card.Run(path.name, chosen[0])
     load_with = [timm.call(networks, str(target))] if kind == "timm" else []
     with _atomically(target) as new:
         formats.WRITERS[kind](new, networks, run)
-    left_out = [name for name in opened.towers if name not in towers]
+    left_out = [name for name in opened.networks if name not in chosen]
     lines = [
-        f"{opened.kind} -> {kind}: {target}, {networks.model.size}/{networks.model.patch_size}, {', '.join(towers)}"
+        f"{opened.kind} -> {kind}: {target}, {networks.model.size}/{networks.model.patch_size}, {', '.join(chosen)}"
     ]
     lines += [f"left out: {', '.join(left_out)}"] if left_out else []
     return "\n".join(lines + load_with)
 
 
-def _choose(towers: Sequence[str], kind: str, tower: str | None) -> list[str]:
-    """Of the towers of the input, those that go into the output."""
+def _choose(networks: Sequence[str], kind: str, encoder: str | None) -> list[str]:
+    """Returns the names of those networks of the input that go into the output, an encoder first."""
     if kind in ("orbax", "ijepa"):
-        require(tower is None, f"--tower goes with timm and transformers; --format={kind} has room for all")
-        wanted = [name for name in towers if kind == "orbax" or name in ("encoder", "predictor", "target_encoder")]
+        require(encoder is None, f"--encoder goes with timm and transformers; --format={kind} has room for all")
+        wanted = [name for name in networks if kind == "orbax" or name in ("encoder", "predictor", "target_encoder")]
         require(bool({"encoder", "target_encoder"} & set(wanted)), "--input has no encoder")
         return wanted
-    if tower is None:
-        tower = "target_encoder" if "target_encoder" in towers else "encoder"
-    require(tower in towers, f"--input has no {tower}, only {', '.join(towers)}")
-    head = "ema_head" if tower == "ema_encoder" else "head"
-    return [tower] + ([head] if head in towers else [])
+    if encoder is None:
+        encoder = "target_encoder" if "target_encoder" in networks else "encoder"
+    require(encoder in networks, f"--input has no {encoder}, only {', '.join(networks)}")
+    head = "ema_head" if encoder == "ema_encoder" else "head"
+    return [encoder] + ([head] if head in networks else [])
 
 
-def _check_output(source: Any, output: pathlib.Path, kind: str, force: bool) -> None:
+def _check_output(source: epath.Path, output: pathlib.Path, kind: str, force: bool) -> None:
+    """Raises UserError for an output that cannot be written, or that would replace what must stay."""
     require(output.resolve().parent.is_dir(), f"--output {output}: {output.parent} does not exist; make it first")
     require(
         kind != "timm" or output.suffix == ".safetensors",
@@ -84,7 +89,7 @@ def _check_output(source: Any, output: pathlib.Path, kind: str, force: bool) -> 
 
 @contextlib.contextmanager
 def _atomically(output: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Where to write; what was written takes the place of `output` at the end, or nothing happens."""
+    """Gives a path to write to; at the end what was written replaces `output`, or after an error nothing changes."""
     new, old = (output.with_name(f".{output.name}.{os.getpid()}.{word}") for word in ("new", "old"))
     try:
         yield new

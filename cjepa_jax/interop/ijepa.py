@@ -1,4 +1,4 @@
-"""Checkpoints of I-JEPA's release, .pth.tar: a pickle of state dicts and of the epoch."""
+"""Reads and writes checkpoints as I-JEPA's release has them, .pth.tar: a pickle of state dicts and of the epoch."""
 
 import pathlib
 import pickle
@@ -7,44 +7,44 @@ from typing import Any
 
 from etils import epath
 
-from cjepa_jax.config import UserError, one_line, require
+from cjepa_jax.errors import UserError, one_line, require
 from cjepa_jax.interop import torch_names
-from cjepa_jax.interop.tensors import Given, Source, assemble, check_float32, give
+from cjepa_jax.interop.tensors import ImportOptions, OpenedCheckpoint, assemble, check_float32, to_contiguous_tensors
 from cjepa_jax.pretrained import ENCODERS, Pretrained
 
 INSTALL_TORCH = "pip install torch --index-url https://download.pytorch.org/whl/cpu"
 
 
-def open_file(path: epath.Path, given: Given) -> Source:
-    """Raises UserError for a file with code in it, a damaged one, and one of another kind."""
+def open_file(path: epath.Path, options: ImportOptions) -> OpenedCheckpoint:
+    """Opens a .pth.tar file. Raises UserError for a file with code in it, a damaged one, and one of another kind."""
     content = _load_pickle(path)
     networks = {
-        tower: {name.removeprefix("module."): x for name, x in content[tower].items()}
-        for tower in ("encoder", "predictor", "target_encoder")
-        if isinstance(content, dict) and isinstance(content.get(tower), dict)
+        network: {name.removeprefix("module."): x for name, x in content[network].items()}
+        for network in ("encoder", "predictor", "target_encoder")
+        if isinstance(content, dict) and isinstance(content.get(network), dict)
     }
     require(
-        any(tower in networks for tower in ENCODERS),
+        any(network in networks for network in ENCODERS),
         f"--input {path} is no checkpoint of I-JEPA: it has neither encoder nor target_encoder, but "
         f"{', '.join(map(str, content)) if isinstance(content, dict) else type(content).__name__}",
     )
     kinds = {
-        f"{tower}: {name}": str(getattr(x, "dtype", type(x).__name__)).removeprefix("torch.")
-        for tower, tensors in networks.items()
+        f"{network}: {name}": str(getattr(x, "dtype", type(x).__name__)).removeprefix("torch.")
+        for network, tensors in networks.items()
         for name, x in tensors.items()
     }
     check_float32(path, kinds, "float32")
 
-    def load(towers: Sequence[str]) -> Pretrained:
-        tensors = {tower: {name: x.numpy() for name, x in networks[tower].items()} for tower in towers}
-        loaded = assemble(f"--input {path}", tensors, {tower: _names(tower) for tower in towers}, given)
+    def load(wanted: Sequence[str]) -> Pretrained:
+        tensors = {network: {name: x.numpy() for name, x in networks[network].items()} for network in wanted}
+        loaded = assemble(f"--input {path}", tensors, {network: _names(network) for network in wanted}, options)
         return loaded._replace(epoch=int(content.get("epoch", 0)))
 
-    return Source("ijepa", tuple(networks), load)
+    return OpenedCheckpoint("ijepa", tuple(networks), load)
 
 
 def _load_pickle(path: epath.Path) -> Any:
-    """Only tensors and plain values are accepted; nothing in the file is run."""
+    """Reads a pickle of tensors and plain values only; no code in the file is run."""
     torch = _torch()
     options = {"map_location": "cpu", "weights_only": True}
     try:
@@ -72,17 +72,17 @@ def _torch() -> Any:
     return torch
 
 
-def _names(tower: str) -> torch_names.Names:
-    return torch_names.PREDICTOR if tower == "predictor" else torch_names.ENCODER
+def _names(network: str) -> torch_names.Names:
+    return torch_names.PREDICTOR if network == "predictor" else torch_names.ENCODER
 
 
 def write(path: pathlib.Path, networks: Pretrained) -> None:
-    """encoder, predictor, target_encoder and epoch; an encoder that is alone is both."""
+    """Writes encoder, predictor, target_encoder and epoch; an encoder that is alone is written as both encoders."""
     torch = _torch()
     content: dict[str, Any] = {}
-    for tower, params in networks.params.items():
-        tensors = give(params, _names(tower), networks)
-        content[tower] = {name: torch.from_numpy(x) for name, x in tensors.items()}
-    alone = next(tower for tower in ENCODERS if tower in content)
-    content = {tower: content[alone] for tower in ENCODERS} | content
+    for network, params in networks.params.items():
+        tensors = to_contiguous_tensors(params, _names(network), networks)
+        content[network] = {name: torch.from_numpy(x) for name, x in tensors.items()}
+    alone = next(network for network in ENCODERS if network in content)
+    content = {network: content[alone] for network in ENCODERS} | content
     torch.save(content | {"epoch": networks.epoch}, path)

@@ -1,7 +1,7 @@
-"""Tensors by name, as a file of PyTorch holds them <-> our networks.
+"""Turns tensors by name, as a file of PyTorch holds them, into our networks, and back.
 
-What a file holds is checked by name and shape before anything of it is used. Sizes
-are read off the tensors; what these do not say is `Given`.
+The names and shapes of a file's tensors are checked before any tensor is used. Sizes
+are read off the tensors; `ImportOptions` says what the tensors do not.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,10 +11,13 @@ import jax
 import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Float
 
 from cjepa_jax import pretrained
-from cjepa_jax.config import Model, Predictor, UserError, require
-from cjepa_jax.interop.torch_names import Names, from_torch, spell, to_torch
+from cjepa_jax.config import Model
+from cjepa_jax.errors import UserError, require
+from cjepa_jax.interop.torch_names import Names, from_torch, tensor_names, to_torch
+from cjepa_jax.models.predictor import PredictorConfig
 from cjepa_jax.models.vit import SIZES, sincos_positions
 from cjepa_jax.pretrained import ENCODERS, Pretrained
 
@@ -24,94 +27,102 @@ POSITIONS_TOLERANCE = 1e-5  # they are at most 1; float32 rounds them to 6e-8
 Tensors = Mapping[str, np.ndarray]
 
 
-class Given(NamedTuple):
-    """What a file may leave open, by the flags that say it."""
+class ImportOptions(NamedTuple):
+    """Says what a file may leave open; each field is a flag of the command."""
 
-    num_heads: int | None = None  # by default those of the size table, by the width
-    mean: tuple[float, ...] | None = None  # ImageNet's
+    num_heads: int | None = None  # by default, the size table's for the width
+    mean: tuple[float, ...] | None = None  # by default, ImageNet's
     std: tuple[float, ...] | None = None
 
 
-class Source(NamedTuple):
-    """A checkpoint that has been opened."""
+class OpenedCheckpoint(NamedTuple):
+    """Describes a checkpoint that has been opened: what it holds, and a function that loads it."""
 
-    kind: str
-    towers: tuple[str, ...]  # keys of pretrained.TOWERS; an encoder that is alone is the target encoder
-    load: Callable[[Sequence[str]], Pretrained]  # of these towers; once, for the tensors are given away
+    kind: str  # the name of its format
+    networks: tuple[str, ...]  # keys of pretrained.NETWORKS; an encoder that is alone is the target encoder
+    load: Callable[[Sequence[str]], Pretrained]  # loads the networks of these names; may be called once only
 
 
 def assemble(
-    file: str, tensors: Mapping[str, dict[str, np.ndarray]], names: Mapping[str, Names], given: Given
+    file: str, tensors: Mapping[str, dict[str, np.ndarray]], names: Mapping[str, Names], options: ImportOptions
 ) -> Pretrained:
-    """The networks, from the tensors of each tower, which are taken out of their dicts.
+    """Builds the networks from the tensors of each, and takes the tensors out of their dicts.
 
-    Raises UserError, which begins with `file`, and lists by name what is missing,
-    not wanted or of another shape; and for positions that are not ours.
+    `tensors` and `names` have the names of the networks as keys. Messages begin with `file`.
+
+    Raises UserError, which lists by name the tensors that are missing, not wanted or of another shape; and for
+    positions other than the fixed sin-cos ones.
     """
-    first = next(tower for tower in ENCODERS if tower in tensors)
-    networks = _describe(file, tensors[first], names[first], given)
+    first = next(network for network in ENCODERS if network in tensors)
+    networks = _describe(file, tensors[first], names[first], options)
     if "predictor" in tensors:
         width, depth, _ = _outline(f"{file}: predictor", tensors["predictor"], names["predictor"])
-        networks = networks._replace(predictor=Predictor(width=width, depth=depth))
-    classes = len(tensors["head"].get(spell("bias", names["head"])[0], ())) if "head" in tensors else 0
+        networks = networks._replace(predictor=PredictorConfig(width=width, depth=depth))
+    classes = len(tensors["head"].get(tensor_names("bias", names["head"])[0], ())) if "head" in tensors else 0
     shapes = pretrained.shapes(networks, classes=classes)
-    likes = {tower: jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), shapes[tower]) for tower in tensors}
+    templates = {
+        network: jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), shapes[network]) for network in tensors
+    }
     wrong = []
-    for tower, found in tensors.items():
-        wanted = spell_out(likes[tower], names[tower], networks)
+    for network, found in tensors.items():
+        wanted = to_tensors(templates[network], names[network], networks)
         has, wants = ({name: x.shape for name, x in some.items()} for some in (found, wanted))
-        wrong += [f"{tower}: {problem}" for problem in pretrained.mismatches(has, wants)]
+        wrong += [f"{network}: {problem}" for problem in pretrained.mismatches(has, wants)]
     require(not wrong, f"{file} does not hold what it should: {'; '.join(wrong)}")
-    for tower, found in tensors.items():
-        for name, ours in positions(likes[tower], names[tower], networks).items():
+    for network, found in tensors.items():
+        for name, ours in positions(templates[network], names[network], networks).items():
             difference = float(np.abs(found[name] - ours).max())
             require(
                 difference <= POSITIONS_TOLERANCE,
-                f"{file}: {tower}: {name} differs from the fixed sin-cos positions by up to {difference:.2g}; a "
+                f"{file}: {network}: {name} differs from the fixed sin-cos positions by up to {difference:.2g}; a "
                 "network with other positions cannot be converted",
             )
     params = {
-        tower: from_torch(x, likes[tower], names[tower], networks.model.patch_size) for tower, x in tensors.items()
+        network: from_torch(x, templates[network], names[network], networks.model.patch_size)
+        for network, x in tensors.items()
     }
     return networks._replace(params=params)
 
 
-def spell_out(params: Any, names: Names, networks: Pretrained) -> dict[str, np.ndarray]:
-    """The tensors of one tower, positions included; views where that is possible."""
+def to_tensors(params: Any, names: Names, networks: Pretrained) -> dict[str, np.ndarray]:
+    """Returns the tensors of one network by name, positions included; they are views where that is possible."""
     return to_torch(params, names, networks.model.patch_size) | positions(params, names, networks)
 
 
-def give(params: Any, names: Names, networks: Pretrained) -> dict[str, np.ndarray]:
-    """`spell_out` in contiguous copies, for a file; empties the tree on the way, to need no more memory than that."""
+def to_contiguous_tensors(params: Any, names: Names, networks: Pretrained) -> dict[str, np.ndarray]:
+    """Returns what `to_tensors` does, as contiguous float32 copies for a file.
+
+    Empties the tree on the way, so that no more than one copy of the parameters is in memory.
+    """
     tensors = positions(params, names, networks)
     leaves = flatten_dict(params, sep="/")
     params.clear()
     while leaves:
         one = dict([leaves.popitem()])
-        spelled = to_torch(unflatten_dict(one, sep="/"), names, networks.model.patch_size)
-        tensors |= {name: np.ascontiguousarray(x, np.float32) for name, x in spelled.items()}
+        named = to_torch(unflatten_dict(one, sep="/"), names, networks.model.patch_size)
+        tensors |= {name: np.ascontiguousarray(x, np.float32) for name, x in named.items()}
         one.clear()
     return tensors
 
 
-def positions(params: Any, names: Names, networks: Pretrained) -> dict[str, np.ndarray]:
-    """The position embedding of one tower, [1, N, D] by its name, where it has one."""
+def positions(params: Any, names: Names, networks: Pretrained) -> dict[str, Float[np.ndarray, "1 N D"]]:
+    """Returns the position embedding of one network by its name, or an empty dict where it has none."""
     if not names.positions:
         return {}
     grid = networks.image_size // networks.model.patch_size
     return {names.positions: sincos_positions(params["embed"]["bias"].size, grid)[None]}
 
 
-def _describe(file: str, tensors: Tensors, names: Names, given: Given) -> Pretrained:
-    """The encoder's settings, from the shapes of its tensors."""
+def _describe(file: str, tensors: Tensors, names: Names, options: ImportOptions) -> Pretrained:
+    """Reads the encoder's settings off the shapes of its tensors; the result has no parameters yet."""
     width, depth, hidden = _outline(file, tensors, names)
-    channels, patch = _shape(file, tensors, spell("embed/kernel", names)[0], 4)[1:3]
+    channels, patch = _shape(file, tensors, tensor_names("embed/kernel", names)[0], 4)[1:3]
     patches = _shape(file, tensors, names.positions, 3)[1]
     grid = round(patches**0.5)
     require(grid**2 == patches, f"{file}: {names.positions} has {patches} positions, which are no square")
-    size = _size(file, width, depth, hidden, given.num_heads)
+    size = _size(file, width, depth, hidden, options.num_heads)
     model = Model(size=size, patch_size=patch, init="normal", dtype="float32", layers="unrolled", remat="none")
-    mean, std = given.mean or IMAGENET_MEAN, given.std or IMAGENET_STD
+    mean, std = options.mean or IMAGENET_MEAN, options.std or IMAGENET_STD
     require(
         len(mean) == len(std) == channels,
         f"{file}: images have {channels} channels; give --mean and --std with as many numbers",
@@ -120,9 +131,9 @@ def _describe(file: str, tensors: Tensors, names: Names, given: Given) -> Pretra
 
 
 def _outline(file: str, tensors: Tensors, names: Names) -> tuple[int, int, int]:
-    """Width, depth and the MLP's width of an encoder or a predictor."""
-    width = _shape(file, tensors, spell("embed/bias", names)[0], 1)[0]
-    hidden = _shape(file, tensors, spell("block00/fc1/bias", names)[0], 1)[0]
+    """Reads the width, the depth and the MLP's width of an encoder or a predictor off its tensors."""
+    width = _shape(file, tensors, tensor_names("embed/bias", names)[0], 1)[0]
+    hidden = _shape(file, tensors, tensor_names("block00/fc1/bias", names)[0], 1)[0]
     blocks = {name.removeprefix(names.blocks).split(".")[0] for name in tensors if name.startswith(names.blocks)}
     return width, len(blocks), hidden
 
@@ -135,7 +146,7 @@ def _shape(file: str, tensors: Tensors, name: str, rank: int) -> tuple[int, ...]
 
 
 def _size(file: str, width: int, depth: int, hidden: int, heads: int | None) -> str:
-    """The name of the size table, or WIDTHxDEPTHxHEADS[xRATIO]."""
+    """Returns a name of the size table, or else WIDTHxDEPTHxHEADS[xMLP_RATIO]."""
     if heads is None:
         usual = {size.width: size.heads for size in SIZES.values()}
         if width not in usual:
@@ -148,11 +159,11 @@ def _size(file: str, width: int, depth: int, hidden: int, heads: int | None) -> 
 
 
 def class_count(networks: Pretrained) -> int:
-    """Of the head, 0 without one."""
+    """Returns the number of classes of the head, or 0 where there is no head."""
     return len(networks.params["head"]["bias"]) if "head" in networks.params else 0
 
 
 def check_float32(path: epath.Path, kinds: Mapping[str, str], wanted: str) -> None:
-    """Of dtypes by the names of the tensors. Raises UserError that lists those that are not `wanted`."""
+    """Raises UserError, which lists the tensors whose type is not `wanted`; `kinds` has types by name of tensor."""
     wrong = [f"{name} is {kind}" for name, kind in kinds.items() if kind != wanted]
     require(not wrong, f"--input {path} must hold float32 only: {'; '.join(wrong)}")

@@ -1,4 +1,4 @@
-"""Checkpoints for timm's vit_*_patch*_gap_*: one safetensors file."""
+"""Reads and writes checkpoints for timm's vit_*_patch*_gap_* models: one safetensors file each."""
 
 import json
 import pathlib
@@ -7,16 +7,17 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from cjepa_jax.config import UserError
-from cjepa_jax.interop import safe, torch_names
-from cjepa_jax.interop.tensors import Given, Source, class_count, give
+from cjepa_jax.errors import UserError
+from cjepa_jax.interop import safetensors_files, torch_names
+from cjepa_jax.interop.safetensors_files import merge_options
+from cjepa_jax.interop.tensors import ImportOptions, OpenedCheckpoint, class_count, to_contiguous_tensors
 from cjepa_jax.models.vit import parse_size
 from cjepa_jax.pretrained import Pretrained
 
 
-def open_file(path: epath.Path, given: Given) -> Source:
-    """Raises UserError for a damaged file, and one of another kind."""
-    tensors, metadata = safe.read(path, [path])
+def open_file(path: epath.Path, options: ImportOptions) -> OpenedCheckpoint:
+    """Opens a safetensors file. Raises UserError for a damaged file, and for one of another kind."""
+    tensors, metadata = safetensors_files.read(path, [path])
     if any(name.startswith(("embeddings.", "ijepa.")) for name in tensors):
         raise UserError(f"--input {path} is part of a folder of transformers: name the folder, {path.parent}")
     known: dict[str, Any] = {
@@ -24,22 +25,23 @@ def open_file(path: epath.Path, given: Given) -> Source:
     }
     classes = known.pop("classes", ())
     names = {"target_encoder": torch_names.ENCODER, "head": torch_names.TIMM_HEAD}
-    return safe.open_tensors("timm", path, tensors, names, safe.agree(path, given, known), classes)
+    options = merge_options(path, options, known)
+    return safetensors_files.open_tensors("timm", path, tensors, names, options, classes)
 
 
 def write(path: pathlib.Path, networks: Pretrained) -> None:
-    """The tensors, and as metadata what they do not say."""
+    """Writes the tensors, and as metadata what they do not say: heads, mean, standard deviation and classes."""
     metadata = {"num_heads": parse_size(networks.model.size).heads}
     metadata |= {key: getattr(networks, key) for key in ("mean", "std", "classes")}
     tensors: dict[str, np.ndarray] = {}
-    for tower, params in networks.params.items():
-        names = torch_names.TIMM_HEAD if tower == "head" else torch_names.ENCODER
-        tensors |= give(params, names, networks)
-    safe.write(path, tensors, {key: json.dumps(value) for key, value in metadata.items()})
+    for network, params in networks.params.items():
+        names = torch_names.TIMM_HEAD if network == "head" else torch_names.ENCODER
+        tensors |= to_contiguous_tensors(params, names, networks)
+    safetensors_files.write(path, tensors, {key: json.dumps(value) for key, value in metadata.items()})
 
 
 def call(networks: Pretrained, path: str) -> str:
-    """The line of Python that loads the file; timm's models of this kind differ from ours in settings, not in kind."""
+    """Returns the line of Python that loads the file at `path` into a timm model with the settings of ours."""
     size = parse_size(networks.model.size)
     settings: dict[str, Any] = {"img_size": networks.image_size, "patch_size": networks.model.patch_size}
     settings |= {"in_chans": len(networks.mean), "embed_dim": size.width, "depth": size.depth, "num_heads": size.heads}

@@ -1,13 +1,13 @@
-"""One table of names and layouts: our parameters, and the same in PyTorch's checkpoints.
+"""Holds one table of names and layouts: those of our parameters, and of the same in PyTorch's checkpoints.
 
-A tree of ours has paths such as "block00/qkv/kernel". Of it PyTorch has
+Our trees have paths such as "block00/qkv/kernel". The leaves of such paths correspond to PyTorch's as follows:
 
-    kernel   [in, out]      weight [out, in]; of the patch embedding, [D, C, p, p] for our [p * p * C, D]
+    kernel   [in, out]      weight [out, in]; that of the patch embedding is [D, C, p, p], ours is [p * p * C, D]
     scale    [D]            weight [D]
     bias     [D]            bias [D]
 
-I-JEPA's release and timm spell an encoder alike. In transformers the query, key and
-value are apart; its names are those on disk, which all its versions read.
+I-JEPA's release and timm name the parameters of an encoder alike. transformers keeps query, key and
+value apart; the names here are those in its files, which all its versions read.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,12 +19,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 
 class Names(NamedTuple):
-    """How a format spells the parameters of one network."""
+    """Says how a format names the parameters of one network."""
 
-    modules: Mapping[str, str]  # outside the blocks: our module, or leaf, -> theirs
+    modules: Mapping[str, str]  # our module, or leaf, outside the blocks -> theirs
     blocks: str = ""  # what stands before the number of a block
-    block: Mapping[str, tuple[str, ...]] = {}  # inside a block: our module -> theirs
-    positions: str = ""  # the position embedding, which we compute
+    block: Mapping[str, tuple[str, ...]] = {}  # our module inside a block -> theirs
+    positions: str = ""  # the name of the position embedding, which our networks compute instead of storing it
     image: bool = False  # whether its embedding takes patches of an image
 
 
@@ -60,27 +60,33 @@ TRANSFORMERS_HEAD = Names({"": "classifier"})
 
 
 def to_torch(params: Any, names: Names, patch_size: int) -> dict[str, np.ndarray]:
-    """Our tree of one network -> its tensors by their names, without positions; views where that is possible."""
+    """Returns the tensors of our tree of one network by their names in PyTorch; they are views where possible.
+
+    The position embedding is not among them.
+    """
     tensors: dict[str, np.ndarray] = {}
     for path, leaf in flatten_dict(params, sep="/").items():
-        theirs = spell(path, names)
+        theirs = tensor_names(path, names)
         forth, _ = _layout(path, names, patch_size)
         tensors |= zip(theirs, np.split(forth(leaf), len(theirs)), strict=True)
     return tensors
 
 
 def from_torch(tensors: dict[str, np.ndarray], like: Any, names: Names, patch_size: int) -> Any:
-    """The inverse: the tree that has the paths of `like`. Takes the tensors out of the dict: none is kept twice."""
+    """Does the inverse of `to_torch`: returns the tree that has the paths of `like`.
+
+    Takes the tensors out of the dict, so that none is kept in memory twice.
+    """
     leaves = {}
     for path in flatten_dict(like, sep="/"):
-        parts = [tensors.pop(name) for name in spell(path, names)]
+        parts = [tensors.pop(name) for name in tensor_names(path, names)]
         _, back = _layout(path, names, patch_size)
         leaves[path] = back(parts[0] if len(parts) == 1 else np.concatenate(parts))
     return unflatten_dict(leaves, sep="/")
 
 
-def spell(path: str, names: Names) -> tuple[str, ...]:
-    """Our path of a leaf -> its name, or the names of its parts along their first axis."""
+def tensor_names(path: str, names: Names) -> tuple[str, ...]:
+    """Returns the name in PyTorch of our leaf at `path`, or the names of its parts along their first axis."""
     if path in names.modules:
         return (names.modules[path],)
     module, _, leaf = path.rpartition("/")
@@ -93,7 +99,7 @@ def spell(path: str, names: Names) -> tuple[str, ...]:
 
 
 def _layout(path: str, names: Names, patch_size: int) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
-    """The change of a leaf's axes to PyTorch's, and back."""
+    """Returns two functions: one brings a leaf's axes into PyTorch's order, the other brings them back."""
     if path == "embed/kernel" and names.image:
         p = {"p": patch_size, "q": patch_size}
         ours, theirs = "(p q c) d", "d c p q"

@@ -1,4 +1,4 @@
-"""Folders of transformers: config.json, model.safetensors, preprocessor_config.json, README.md."""
+"""Reads and writes folders of transformers: config.json, model.safetensors, preprocessor_config.json, README.md."""
 
 import json
 import pathlib
@@ -7,15 +7,16 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from cjepa_jax.config import UserError, one_line, require
-from cjepa_jax.interop import card, safe, torch_names
-from cjepa_jax.interop.tensors import Given, Source, class_count, give
+from cjepa_jax.errors import UserError, one_line, require
+from cjepa_jax.interop import card, safetensors_files, torch_names
+from cjepa_jax.interop.safetensors_files import merge_options
+from cjepa_jax.interop.tensors import ImportOptions, OpenedCheckpoint, class_count, to_contiguous_tensors
 from cjepa_jax.models.vit import LAYER_NORM_EPS, parse_size
 from cjepa_jax.pretrained import Pretrained
 
 
-def open_folder(path: epath.Path, given: Given) -> Source:
-    """Raises UserError for a folder of another kind of model, and for damaged files."""
+def open_folder(path: epath.Path, options: ImportOptions) -> OpenedCheckpoint:
+    """Opens a folder. Raises UserError for a folder of another kind of model, and for damaged files."""
     config = _read_json(path / "config.json")
     kind = config.get("model_type")
     require(kind == "ijepa", f"--input {path}: config.json describes a model of the type {kind}, not ijepa")
@@ -30,27 +31,28 @@ def open_folder(path: epath.Path, given: Given) -> Source:
     images = _read_json(preprocessor) if preprocessor.exists() else {}
     known = {"num_heads": config.get("num_attention_heads", 12)}
     known |= {key: images[f"image_{key}"] for key in ("mean", "std") if f"image_{key}" in images}
-    tensors, _ = safe.read(path, sorted(path.glob("*.safetensors")))
+    tensors, _ = safetensors_files.read(path, sorted(path.glob("*.safetensors")))
     tensors = {name.removeprefix("ijepa."): x for name, x in tensors.items()}
     labels = config.get("id2label", {})
     names = {"target_encoder": torch_names.TRANSFORMERS, "head": torch_names.TRANSFORMERS_HEAD}
     classes = [labels[key] for key in sorted(labels, key=int)]
-    return safe.open_tensors("transformers", path, tensors, names, safe.agree(path, given, known), classes)
+    options = merge_options(path, options, known)
+    return safetensors_files.open_tensors("transformers", path, tensors, names, options, classes)
 
 
 def write(path: pathlib.Path, networks: Pretrained, run: card.Run) -> None:
-    """config.json, model.safetensors, preprocessor_config.json and a model card, README.md."""
+    """Writes config.json, model.safetensors, preprocessor_config.json and a model card, README.md, to a new folder."""
     path.mkdir()
     (path / "config.json").write_text(json.dumps(_config(networks), indent=2) + "\n")
     preprocessor = _preprocessor(networks, run)
     (path / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
     (path / "README.md").write_text(card.readme(networks, run))
     tensors: dict[str, np.ndarray] = {}
-    for tower, params in networks.params.items():
-        names = torch_names.TRANSFORMERS_HEAD if tower == "head" else torch_names.TRANSFORMERS
-        prefix = "ijepa." if "head" in networks.params and tower != "head" else ""
-        tensors |= {prefix + name: x for name, x in give(params, names, networks).items()}
-    safe.write(path / "model.safetensors", tensors, {})
+    for network, params in networks.params.items():
+        names = torch_names.TRANSFORMERS_HEAD if network == "head" else torch_names.TRANSFORMERS
+        prefix = "ijepa." if "head" in networks.params and network != "head" else ""
+        tensors |= {prefix + name: x for name, x in to_contiguous_tensors(params, names, networks).items()}
+    safetensors_files.write(path / "model.safetensors", tensors, {})
 
 
 def _config(networks: Pretrained) -> dict[str, Any]:
@@ -78,7 +80,10 @@ def _config(networks: Pretrained) -> dict[str, Any]:
 
 
 def _preprocessor(networks: Pretrained, run: card.Run) -> dict[str, Any]:
-    """As the features are evaluated: the short side resized, a central crop. ViTImageProcessor would not crop."""
+    """Returns settings that prepare an image as evaluation does: the short side is resized, then the centre is cropped.
+
+    The image processor is CLIP's, because ViTImageProcessor would not crop.
+    """
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": len(networks.mean) == 3,

@@ -4,6 +4,7 @@ Shapes: B images, M target blocks, K_c context and K_t target tokens, D encoder
 width, P predictor width.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, Literal
@@ -13,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
 
-from cjepa_jax.config import Model, require
-from cjepa_jax.config import Predictor as Config
-from cjepa_jax.masking import Masks
+from cjepa_jax.config import Model
+from cjepa_jax.errors import at_least, require
+from cjepa_jax.models.masking import Masks
 from cjepa_jax.models.vit import (
     Block,
     Layers,
@@ -25,6 +26,18 @@ from cjepa_jax.models.vit import (
     parse_size,
     sincos_positions,
 )
+from cjepa_jax.settings import setting
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PredictorConfig:
+    """The narrow ViT that predicts hidden blocks; it has the encoder's number of heads."""
+
+    width: int = setting(384, "Width of the predictor.")
+    depth: int = setting(6, "Number of its blocks; I-JEPA has 6 for S and B, 12 for L and H.")
+
+    def __post_init__(self):
+        at_least("predictor", 1, width=self.width, depth=self.depth)
 
 
 class Predictor(nn.Module):
@@ -41,7 +54,7 @@ class Predictor(nn.Module):
 
     @nn.compact
     def __call__(self, context: jax.Array, masks: Masks) -> jax.Array:
-        """Context features [B, K_c, D] -> predicted features [B, M, K_t, D] float32."""
+        """Predicts features [B, M, K_t, D] float32 of the blocks from context features [B, K_c, D]."""
         _, blocks, length = masks.target_idx.shape
 
         def dense(features, name):
@@ -67,9 +80,9 @@ class Predictor(nn.Module):
 
 
 def build_predictor(
-    predictor: Config, model: Model, *, grid: int, gather: Callable[[Any], Any] | None = None
+    predictor: PredictorConfig, model: Model, *, grid: int, gather: Callable[[Any], Any] | None = None
 ) -> Predictor:
-    """The predictor that a config describes, with the encoder's heads.
+    """Builds the predictor that a config describes, with the encoder's heads.
 
     Raises UserError for a width that the heads or the positions do not divide.
     """

@@ -28,5 +28,6 @@ class Projector(nn.Module):
                 x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-2, keepdims=True) + BATCH_NORM_EPS)
                 scale = self.param(f"scale{i}", nn.initializers.ones, (width,))
                 bias = self.param(f"bias{i}", nn.initializers.zeros, (width,))
+                scale, bias = (jnp.expand_dims(p, range(x.ndim - 1)) for p in (scale, bias))
                 x = nn.relu(x * scale + bias)
         return x

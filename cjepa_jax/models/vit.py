@@ -14,14 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from jaxtyping import Array, Float, Int, UInt8
 
-from cjepa_jax.config import Model, UserError, nearest, require
+from cjepa_jax.config import Model
+from cjepa_jax.errors import UserError, nearest, require
+from cjepa_jax.models.attention import attend
 
 LAYER_NORM_EPS = 1e-6
 
 
 class Size(NamedTuple):
-    """A row of the size table."""
+    """Describes an encoder: a row of the size table."""
 
     width: int
     depth: int
@@ -71,8 +74,8 @@ def kernel_init(init: Literal["normal", "fan_in"]) -> nn.initializers.Initialize
     return nn.initializers.variance_scaling(0.02**2 * 768, "fan_in", "normal")
 
 
-def sincos_positions(width: int, grid: int) -> np.ndarray:
-    """[N, width] float32: the first half of the channels encodes the column, the second the row.
+def sincos_positions(width: int, grid: int) -> Float[np.ndarray, "N width"]:
+    """Computes position embeddings: the first half of the channels encodes the column, the second the row.
 
     Each half is [sin, cos] of position / 10000^(i / (width / 4)), i < width / 4.
     """
@@ -82,44 +85,41 @@ def sincos_positions(width: int, grid: int) -> np.ndarray:
     return np.concatenate(halves, axis=1).astype(np.float32)
 
 
-def interpolate_positions(table: np.ndarray, rows: int, columns: int | None = None) -> np.ndarray:
-    """Positions [N, width] of a square grid -> of another grid [rows * columns, width] float32, as I-JEPA does it.
+def interpolate_positions(
+    table: Float[np.ndarray, "N D"], rows: int, columns: int | None = None
+) -> Float[np.ndarray, "M D"]:
+    """Interpolates positions of a square grid for another one of rows x columns, as I-JEPA does it.
 
-    A grid without `columns` is square.
-
-    PyTorch's `interpolate(mode="bicubic", align_corners=False)`: Keys' kernel with
-    a = -0.75 (`jax.image.resize` has -0.5), borders repeated, no antialiasing.
+    A grid without `columns` is square. Equals PyTorch's `interpolate(mode="bicubic", align_corners=False)`.
     """
     old = math.isqrt(len(table))
-
-    def weights(new: int) -> np.ndarray:
-        """[new, old]"""
-        where = (np.arange(new) + 0.5) * old / new - 0.5  # the new grid's patches, in units of the old one
-        first = np.floor(where).astype(int) - 1
-        found = np.zeros((new, old))
-        for tap in range(4):
-            x = np.abs(where - (first + tap))
-            near, far = 1.25 * x**3 - 2.25 * x**2 + 1, -0.75 * (x**3 - 5 * x**2 + 8 * x - 4)
-            np.add.at(found, (np.arange(new), np.clip(first + tap, 0, old - 1)), np.where(x <= 1, near, far))
-        return found
-
-    square = table.reshape(old, old, -1).astype(np.float64)
-    new = np.einsum("ai,bj,ijd->abd", weights(rows), weights(columns or rows), square)
-    return new.reshape(-1, table.shape[-1]).astype(np.float32)
+    square = rearrange(table.astype(np.float64), "(h w) d -> h w d", h=old)
+    with jax.ensure_compile_time_eval(), jax.enable_x64(True):
+        new = jax.image.resize(
+            square,
+            (rows, columns or rows, table.shape[1]),
+            method="cubic-pytorch",
+            antialias=False,
+            precision="highest",
+        )
+        return np.asarray(rearrange(new, "h w d -> (h w) d"), np.float32)
 
 
-def patchify(images: jax.Array, patch_size: int) -> jax.Array:
-    """[B, H, W, C] -> [B, N, F], values of a patch in (row, column, channel) order."""
+def patchify(images: Float[Array, "B H W C"], patch_size: int) -> Float[Array, "B N F"]:
+    """Cuts images into patches, whose values are in (row, column, channel) order."""
     return rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=patch_size, q=patch_size)
 
 
-def normalise(images: jax.Array, *, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
-    """[B, H, W, C] uint8 -> float32; mean and std of each channel are of values in [0, 1]."""
-    return (images.astype(jnp.float32) / 255 - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
+def normalise(
+    images: UInt8[Array, "*B H W C"], *, mean: Sequence[float], std: Sequence[float]
+) -> Float[Array, "*B H W C"]:
+    """Subtracts the mean of each channel and divides by its std; both are of values in [0, 1]."""
+    centre, spread = (jnp.expand_dims(jnp.asarray(x, jnp.float32), range(images.ndim - 1)) for x in (mean, std))
+    return (images.astype(jnp.float32) / 255 - centre) / spread
 
 
 def drop_path(rng: jax.Array, *, rate: float, depth: int, batch: int) -> jax.Array:
-    """Factors on the branches of each block and image, [depth, 2, B]: 0, or 1 / (1 - rate of the block).
+    """Draws factors on the branches of each block and image, [depth, 2, B]: 0, or 1 / (1 - rate of the block).
 
     Stochastic depth (arXiv 1603.09382); rates rise linearly from 0 in the first block to
     `rate` in the last; attention and MLP have draws of their own.
@@ -128,16 +128,10 @@ def drop_path(rng: jax.Array, *, rate: float, depth: int, batch: int) -> jax.Arr
     return jax.random.bernoulli(rng, kept, (depth, 2, batch)).astype(jnp.float32) / kept
 
 
-def take(tokens: jax.Array, idx: jax.Array) -> jax.Array:
-    """Tokens [B, N, D] at idx [B, ...] -> [B, ..., D]."""
+def take(tokens: Float[Array, "B N D"], idx: Int[Array, "B *K"]) -> Float[Array, "B *K D"]:
+    """Takes the tokens of each image at its indices."""
     flat = jnp.take_along_axis(tokens, idx.reshape(idx.shape[0], -1, 1), axis=1)
     return flat.reshape(*idx.shape, tokens.shape[-1])
-
-
-def masked_mean(tokens: jax.Array, valid: jax.Array) -> jax.Array:
-    """Mean of tokens [..., K, D] over the K that are valid [..., K] -> [..., D]."""
-    weight = valid[..., None].astype(tokens.dtype)
-    return (tokens * weight).sum(axis=-2) / weight.sum(axis=-2)
 
 
 def layer_norm(x: jax.Array, *, name: str | None = None, params: Any = None) -> jax.Array:
@@ -153,7 +147,7 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP with residuals."""
+    """Applies attention and an MLP, each after a LayerNorm and with a residual."""
 
     heads: int
     mlp_ratio: float
@@ -162,9 +156,9 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, valid: jax.Array | None = None, keep: jax.Array | None = None) -> jax.Array:
-        """x [B, K, D] -> [B, K, D]; tokens that are not valid [B, K] are not attended to.
+        """Maps tokens x [B, K, D] to the same shape; those that are not valid [B, K] are not attended to.
 
-        keep [2, B]: factors on the outputs of attention and MLP.
+        keep [2, B] are factors on the outputs of attention and MLP.
         """
         width = x.shape[-1]
 
@@ -178,11 +172,9 @@ class Block(nn.Module):
 
         y = layer_norm(x, name="norm1")
         qkv = rearrange(dense(3 * width, "qkv")(y), "b k (three h d) -> three b k h d", three=3, h=self.heads)
-        mask = None if valid is None else valid[:, None, None, :]
         q, k, v = qkv
         self.sow("intermediates", "queries_and_keys", (q, k))  # nothing, unless the caller makes it mutable
-        y = jax.nn.dot_product_attention(q, k, v, mask=mask)  # softmax in float32
-        x = x + scaled(dense(width, "proj")(rearrange(y, "b k h d -> b k (h d)")), 0)
+        x = x + scaled(dense(width, "proj")(rearrange(attend(q, k, v, valid), "b k h d -> b k (h d)")), 0)
 
         y = layer_norm(x, name="norm2")
         y = gelu(dense(round(width * self.mlp_ratio), "fc1")(y))
@@ -206,7 +198,7 @@ def apply_blocks(
     valid: jax.Array | None,
     keep: jax.Array | None = None,
 ) -> jax.Array:
-    """x [B, K, D] through `depth` blocks, children of `module` by the names block00, block01, ...
+    """Runs tokens x [B, K, D] through `depth` blocks, children of `module` by the names block00, block01, ...
 
     keep [depth, 2, B]: of `drop_path`. Unrolled, it sows what goes into the first block and what comes out of each into
     the collection "intermediates", as "blocks".
@@ -237,7 +229,7 @@ def apply_blocks(
 
 
 class Encoder(nn.Module):
-    """Patches to features."""
+    """Maps the patches of images, or some of them, to features."""
 
     size: Size
     grid: int
@@ -255,7 +247,7 @@ class Encoder(nn.Module):
         valid: jax.Array | None = None,
         keep: jax.Array | None = None,
     ) -> jax.Array:
-        """Patches [B, N, F] -> features [B, N, D] float32; keep as `drop_path` gives it.
+        """Maps patches [B, N, F] to features [B, N, D] float32; keep as `drop_path` gives it.
 
         With idx [B, K] only these patches are encoded, at their positions,
         giving [B, K, D]; valid [B, K] marks those that may be attended to.
@@ -280,6 +272,6 @@ class Encoder(nn.Module):
 def build_encoder(
     model: Model, *, grid: int, gather: Callable[[Any], Any] | None = None, trained_grid: int | None = None
 ) -> Encoder:
-    """The encoder that a config describes; `trained_grid` is its grid in training, where that was another."""
+    """Builds the encoder that a config describes; `trained_grid` is its grid in training, where that was another."""
     layers = Layers(model.layers == "scanned", model.remat, gather)
     return Encoder(parse_size(model.size), grid, model.init, jnp.dtype(model.dtype), layers, trained_grid)

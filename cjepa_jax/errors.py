@@ -1,0 +1,41 @@
+"""Mistakes that the user can mend, and the checks that find them."""
+
+import difflib
+import typing
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend: one line that names the key or file and the remedy."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises UserError(message) unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def one_line(message: object) -> str:
+    """A text, or an error's message, without line breaks."""
+    return " ".join(str(message).split())
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """A closing phrase for an error about an unknown name: the nearest known one, else all of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def at_least(group: str, minimum: float, **values: float) -> None:
+    """Raises UserError for a value below the minimum; `group` is the keys' group."""
+    for key, value in values.items():
+        require(value >= minimum, f"{group}.{key} must be at least {minimum}, got {value}")
+
+
+def interval(group: str, low: float, high: float, **values: tuple[float, float]) -> None:
+    """Raises UserError for a pair that does not increase, or leaves (low, high]; `group` is the keys' group."""
+    for key, (start, end) in values.items():
+        require(
+            low < start <= end <= high,
+            f"{group}.{key} must be an increasing pair in ({low}, {high}], got {(start, end)}",
+        )

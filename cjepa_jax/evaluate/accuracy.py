@@ -1,0 +1,74 @@
+"""Accuracy of networks that have a head: fine-tuned ones."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+from jaxtyping import Array, Float, Int
+
+from cjepa_jax.errors import require
+from cjepa_jax.evaluate.base import Evaluator, Rows
+from cjepa_jax.evaluate.frozen import AVERAGE, Frozen
+from cjepa_jax.evaluate.sets import spread
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Accuracy(Evaluator):
+    """Judges a network's own head on the test images; it has no settings."""
+
+    name: ClassVar[str] = "accuracy"
+    numbers: ClassVar[tuple[str, ...]] = ("loss",)
+
+    def check(self, frozen: Frozen) -> None:
+        """Raises UserError where the network has no head, or one for other classes."""
+        require(bool(frozen.heads), "accuracy: the checkpoint has no head; fine-tuning gives it one")
+        classes = len(frozen.test.source.classes)
+        for head in frozen.heads.values():
+            known = head["bias"].shape[0]
+            require(
+                classes <= known,
+                f"data.test_split = {frozen.data.test_split!r} has {classes} classes, the head tells {known} apart",
+            )
+
+    def run(self, frozen: Frozen, stem: epath.Path | None) -> Rows:
+        """Gives top 1, top 5 and the mean cross entropy; with fewer than five classes top 5 is all of them."""
+        rows: Rows = {}
+        for name, head in frozen.heads.items():
+            test = frozen.test_features[name].last(1)
+            sums: dict[str, float] = {}
+            for start in range(0, len(test.labels), 4096):  # bounds the logits
+                part = test.take(np.arange(start, min(start + 4096, len(test.labels))))
+                found = jax.device_get(score(head, *spread(part, frozen.mesh)))
+                sums = {key: sums.get(key, 0) + value.item() for key, value in found.items()}
+            images = sums.pop("images", 0)
+            require(images > 0, f"data.test_split = {frozen.data.test_split!r}: none of its images can be read")
+            rows[name] = {key: value / images for key, value in sums.items()} | {"images": int(images)}
+        return rows
+
+    def metrics(self, rows: Rows) -> dict[str, float]:
+        """Shows top 1 and top 5 of the parameters and, as ema_top1 and ema_top5, of their average."""
+        prefix = {AVERAGE: "ema_"}
+        return {prefix.get(name, "") + key: row[key] for name, row in rows.items() for key in ("top1", "top5")}
+
+
+@jax.jit
+def score(head: Any, features: Float[Array, "n D"], labels: Int[Array, " n"]) -> dict[str, Array]:
+    """Sums over images: their number, those that are right at once or among the best five, and cross entropies.
+
+    An image with a negative label does not count.
+    """
+    logits = features @ head["kernel"] + head["bias"][None]
+    counts = labels >= 0
+    labels = jnp.maximum(labels, 0)
+    best = jax.lax.top_k(logits, min(5, logits.shape[1]))[1] == labels[:, None]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return {
+        "images": counts.sum(dtype=jnp.int32),
+        "top1": (best[:, 0] & counts).sum(dtype=jnp.int32),
+        "top5": (best.any(axis=1) & counts).sum(dtype=jnp.int32),
+        "loss": jnp.where(counts, losses, 0).sum(),
+    }

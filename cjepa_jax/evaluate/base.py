@@ -1,0 +1,53 @@
+"""What an evaluator is. To add one, write its file, its line in `config.Evaluation` and a test."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from etils import epath
+
+from cjepa_jax.evaluate.frozen import Frozen
+
+Rows = dict[str, dict[str, Any]]  # encoder's name -> measure -> a number, `over_draws`, or whatever else JSON holds
+
+
+class Evaluator:
+    """Judges frozen encoders in one way.
+
+    An evaluator derives from this class as a frozen dataclass, whose fields are its settings.
+    """
+
+    name: ClassVar[str]
+    needs_labels: ClassVar[bool] = True
+    numbers: ClassVar[tuple[str, ...]] = ()  # measures with a unit of their own; all others are fractions in [0, 1]
+
+    @property
+    def deepest(self) -> int:
+        """Returns how many of the encoder's last blocks the evaluator reads."""
+        return 1
+
+    def quick(self) -> "Evaluator":
+        """Returns the evaluator with the settings of a probe in the midst of training."""
+        return self
+
+    def check(self, frozen: Frozen) -> None:
+        """Raises UserError where the settings do not fit the encoders or the images; computes no features."""
+
+    def run(self, frozen: Frozen, stem: epath.Path | None) -> Rows:
+        """Judges every encoder, and gives the measures of each.
+
+        The files that the evaluator writes beside its results, such as pictures, begin with the path `stem`; without a
+        stem it writes none.
+        """
+        raise NotImplementedError
+
+    def metrics(self, rows: Rows) -> dict[str, float]:
+        """Returns what the log of a training shows of the rows, those of the judged encoder first."""
+        judged = next(iter(rows.values()))
+        return {f"{self.name}/{measure}": value for measure, value in judged.items() if isinstance(value, int | float)}
+
+
+def over_draws(found: Sequence[float]) -> dict[str, Any]:
+    """Returns the mean, the sample standard deviation and the single values of a measure over several draws."""
+    std = float(np.std(found, ddof=1)) if len(found) > 1 else 0.0
+    return {"mean": float(np.mean(found)), "std": std, "draws": list(found)}

@@ -1,0 +1,188 @@
+"""Frozen encoders, and what evaluators read of them."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from cjepa_jax import pretrained
+from cjepa_jax.config import Data, Mesh, Model
+from cjepa_jax.data import pipeline, sources
+from cjepa_jax.errors import require
+from cjepa_jax.evaluate.features import Apply, Extractor, Params, encoder_for, mean_features, pixels
+from cjepa_jax.evaluate.sets import Labelled, Splits, check_classes
+from cjepa_jax.models.vit import parse_size
+from cjepa_jax.train import sharding
+
+TRAINED, UNTRAINED, PIXELS = "trained", "untrained", "raw pixels"  # names of encoders
+PARAMETERS, AVERAGE = "parameters", "average"  # names of a fine-tuned network's encoders
+
+
+class Origin(NamedTuple):
+    """The checkpoint that frozen encoders come from."""
+
+    workdir: epath.Path
+    encoder: str  # the judged one, a key of pretrained.ENCODERS
+    networks: pretrained.Pretrained
+
+
+@dataclasses.dataclass
+class Frozen:
+    """Encoders whose parameters stay as they are; their features are computed when they are first asked for.
+
+    The first encoder is the one that is judged; the others are there to compare with.
+    """
+
+    params: Mapping[str, Params]  # encoder's name -> its parameters, whole on every device; raw pixels have none
+    extractor: Extractor  # knows the encoders by the same names
+    model: Model
+    trained_size: int  # pixels a side of the images in training
+    data: Data
+    crop_fraction: float  # side of the central crop over the short side of the image
+    seed: int = 0
+    images: int = 0  # of each split, at most: a random sample, which is always the same; 0: all
+    heads: Mapping[str, Params] = dataclasses.field(default_factory=dict)  # encoder's name -> kernel [D, C], bias [C]
+    readers: dict[str, pipeline.Reader] = dataclasses.field(default_factory=dict)  # of the splits used so far
+    origin: Origin | None = None  # None where the encoders are still in training
+
+    @property
+    def judged(self) -> str:
+        """Returns the name of the encoder that is judged."""
+        return next(iter(self.params))
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh:
+        """Returns the devices that share the work."""
+        return self.extractor.mesh
+
+    @property
+    def train(self) -> pipeline.Reader:
+        """Returns the reader of the training split, which need not have labels."""
+        return self._reader("train")
+
+    @property
+    def test(self) -> pipeline.Reader:
+        """Returns the reader of the test split."""
+        return self._reader("test")
+
+    def _reader(self, split: Literal["train", "test"]) -> pipeline.Reader:
+        if split not in self.readers:
+            name = self.data.train_split if split == "train" else self.data.test_split
+            self.readers[split] = pipeline.Reader(sources.load(self.data, name), self.data)
+        return self.readers[split]
+
+    def sampled(self, reader: pipeline.Reader) -> list[int]:
+        """Returns the ascending indices of the images of a split that are used."""
+        count = len(reader.source)
+        return [int(i) for i in np.sort(np.random.default_rng(0).permutation(count)[: self.images or count])]
+
+    @functools.cached_property
+    def train_features(self) -> dict[str, Labelled]:
+        """Returns each encoder's features [n, layers, D] of central crops of the training images."""
+        return self._features(self.train)
+
+    @functools.cached_property
+    def test_features(self) -> dict[str, Labelled]:
+        """Returns each encoder's features [n, layers, D] of central crops of the test images."""
+        return self._features(self.test)
+
+    def _features(self, reader: pipeline.Reader) -> dict[str, Labelled]:
+        view = pipeline.central_view(reader, crop_fraction=self.crop_fraction)
+        return self.extractor.split(self.params, reader, self.sampled(reader), view)
+
+    def splits(self, *, layers: int = 1) -> dict[str, Splits]:
+        """Returns each encoder's features of both splits, those of its last `layers` blocks side by side.
+
+        Raises UserError where labels are missing; and, for a checkpoint, where a split lacks classes of the other.
+        """
+        self.check_labels()
+        train, test = self.train_features, self.test_features
+        if self.origin:  # a training is not to be stopped by a sample that lacks a class
+            names = f"data.train_split = {self.data.train_split!r}", f"data.test_split = {self.data.test_split!r}"
+            check_classes(train[self.judged].labels, test[self.judged].labels, names=names)
+        return {name: Splits(train[name].last(layers), test[name].last(layers)) for name in self.params}
+
+    @property
+    def classes(self) -> int:
+        """Returns how many classes the labels tell apart."""
+        return len(self.train.source.classes)
+
+    def check_labels(self) -> None:
+        """Raises UserError where a split has no labels, or where the splits number their classes differently."""
+        check_labels(self.data, self.train.source, self.test.source)
+
+
+def check_labels(data: Data, train: sources.Source, test: sources.Source) -> None:
+    """Raises UserError where a split has no labels, or where the splits number their classes differently."""
+    for key, source in (("train_split", train), ("test_split", test)):
+        require(
+            bool(source.classes),
+            f"data.{key} = {getattr(data, key)!r} has no labels; the methods collapse, attention and davis need none, "
+            "and eval.every=0 switches evaluation during training off",
+        )
+    require(
+        train.classes[: len(test.classes)] == test.classes,
+        f"data.test_split = {data.test_split!r} has other classes than data.train_split; "
+        "give splits with the same ones",
+    )
+
+
+def from_checkpoint(
+    checkpoint: epath.Path,
+    encoder: str,
+    *,
+    data: Data,
+    crop_fraction: float,
+    seed: int = 0,
+    baselines: bool = True,
+    layers: int = 1,
+) -> Frozen:
+    """Loads an encoder of a checkpoint onto all devices; of a fine-tuned network also the moving average, and heads.
+
+    layers: how many last blocks have features, fewer where the encoder has fewer. baselines: an untrained encoder and
+    raw pixels are judged, too. Raises UserError for a checkpoint, or settings, that cannot be judged.
+    """
+    workdir, saved = pretrained.describe(checkpoint)
+    wanted = _networks(checkpoint, encoder, saved)
+    networks = pretrained.load(checkpoint, [part for pair in wanted.values() for part in pair])
+    model, trained_size = networks.model, networks.image_size
+    built = encoder_for(model, image_size=data.image_size, trained_size=trained_size)
+    patches = jax.ShapeDtypeStruct((1, built.grid**2, model.patch_size**2 * data.channels), np.float32)
+    init = functools.partial(built.init, jax.random.key(seed))
+    shapes = jax.eval_shape(init, patches)["params"]
+    for part, *_ in wanted.values():
+        pretrained.check(networks.params[part], shapes, f"checkpoint {checkpoint}: its {part}")
+
+    mesh = sharding.make_mesh(Mesh(fsdp=1, parameters="replicated"))
+    apply = mean_features(model, data, trained_size=trained_size, layers=min(layers, parse_size(model.size).depth))
+    encoders: dict[str, Apply] = dict.fromkeys(wanted, apply)
+    params: dict[str, Any] = {name: networks.params[part] for name, (part, *_) in wanted.items()}
+    if baselines:
+        encoders |= {UNTRAINED: apply, PIXELS: pixels}
+        params |= {UNTRAINED: jax.jit(init)(np.zeros(patches.shape, np.float32))["params"], PIXELS: {}}
+    return Frozen(
+        params={name: jax.device_put(tree, sharding.replicated(mesh)) for name, tree in params.items()},
+        extractor=Extractor(encoders, mesh, batch_size=data.batch_size),
+        model=model,
+        trained_size=trained_size,
+        data=data,
+        crop_fraction=crop_fraction,
+        seed=seed,
+        heads={name: networks.params[head] for name, (_, *heads) in wanted.items() for head in heads},
+        origin=Origin(workdir, encoder, networks),
+    )
+
+
+def _networks(checkpoint: epath.Path, encoder: str, saved: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Lists what to load of a checkpoint: name of an encoder -> its key, and the key of its head, if there is one."""
+    has = pretrained.available(checkpoint)
+    if encoder != "encoder" or "head" not in has:
+        return {TRAINED: (encoder, "head") if "head" in has else (encoder,)}
+    found: dict[str, tuple[str, ...]] = {PARAMETERS: ("encoder", "head")}
+    if "ema_head" in has and (saved.get("ema.start"), saved.get("ema.end")) != (0, 0):
+        found[AVERAGE] = "ema_encoder", "ema_head"
+    return found

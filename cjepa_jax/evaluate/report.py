@@ -1,0 +1,99 @@
+"""Results of evaluators: one format for files, one table for the screen."""
+
+import datetime
+import json
+import platform
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+import jax
+from etils import epath
+
+from cjepa_jax.errors import require
+from cjepa_jax.evaluate.base import Evaluator, Rows
+from cjepa_jax.evaluate.frozen import Frozen
+from cjepa_jax.files import write_whole
+
+_PACKAGES = ("jax", "flax", "optax", "numpy", "scikit-learn", "simplejpeg", "opencv-python-headless", "pillow")
+
+
+def describe(frozen: Frozen, settings: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """Says what it takes to repeat an evaluation, as JSON; `settings` are flat."""
+    said = {
+        **more,
+        "encoders": sorted(frozen.params),
+        "model": vars(frozen.model),
+        "data": {"crop_fraction": frozen.crop_fraction, **vars(frozen.data)},
+        "settings": dict(settings),
+    }
+    repeated: dict[str, Any] = json.loads(json.dumps(said))
+    return repeated
+
+
+def check(path: epath.Path, description: Mapping[str, Any]) -> None:
+    """Raises UserError where `path` holds results of another description, or is none of ours."""
+    if not path.exists():
+        return
+    try:
+        old = json.loads(path.read_text())
+    except ValueError:
+        old = {}
+    changed = sorted(key for key, value in description.items() if old.get(key) != value)
+    require(
+        not changed,
+        f"{path} exists with another {' and '.join(changed)}; --name gives the new results another name",
+    )
+
+
+def write(
+    path: epath.Path, frozen: Frozen, results: Mapping[str, Rows], description: Mapping[str, Any], *, seconds: float
+) -> None:
+    """Writes {"results": {evaluator: {encoder: {measure: value}}}, ...} from process 0; replaces what was there."""
+    if jax.process_index() != 0:
+        return
+    images = {
+        split: {"images": len(reader.source), "fingerprint": reader.source.fingerprint}
+        | ({"unreadable": reader.unreadable} if reader.unreadable else {})
+        for split, reader in frozen.readers.items()
+    }
+    circumstances = {
+        "images": images,
+        "versions": {package: metadata.version(package) for package in _PACKAGES}
+        | {"python": platform.python_version()},
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "command": sys.argv,
+        "seconds": round(seconds, 2),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    path.parent.mkdir(exist_ok=True)
+    write_whole(path, json.dumps({"results": results, **description, **circumstances}, indent=1) + "\n")
+
+
+def table(evaluator: Evaluator, rows: Rows) -> str:
+    """Shows a row an encoder; of its measures the numbers, shares of images as %."""
+    columns = [
+        key
+        for key, value in next(iter(rows.values())).items()
+        if isinstance(value, int | float) or "mean" in _dict(value)
+    ]
+    percent = {key: key not in evaluator.numbers and key != "images" for key in columns}
+    head = [evaluator.name, *(f"{key} %" if percent[key] else key for key in columns)]
+    body = [
+        [name, *(_cell(row[key], percent=percent[key]) if key in row else "" for key in columns)]
+        for name, row in rows.items()
+    ]
+    widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in (head, *body)]
+    return "\n" + "\n".join(lines)
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _cell(value: Any, *, percent: bool) -> str:
+    if isinstance(value, dict):
+        return f"{_cell(value['mean'], percent=percent)} +- {_cell(value['std'], percent=percent)}"
+    return f"{100 * value:.2f}" if percent else f"{value:.4g}"

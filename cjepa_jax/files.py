@@ -1,0 +1,56 @@
+"""Handles paths on disk and on gs://, and writes files that appear whole."""
+
+import importlib.util
+import os
+
+from etils import epath
+
+from cjepa_jax.errors import require
+
+# The packages that read and write files, folders and TensorBoard's events on gs://.
+GCS_INSTALL = "pip install gcsfs==2026.10.1 google-cloud-storage==3.17.1"
+TEMPORARY = ".tmp"  # ends the name of a file until it is complete
+
+
+def is_remote(path: epath.Path) -> bool:
+    """Tells whether a path lies in an object store, such as gs://.
+
+    There are no folders there, a file cannot be appended to, and it appears whole.
+    """
+    return "://" in str(path)
+
+
+def absolute(path: epath.Path) -> epath.Path:
+    """Returns the path as Orbax wants it; `resolve` would take gs:// for a folder on this machine."""
+    return path if is_remote(path) else path.resolve()
+
+
+def check_bucket_support(path: epath.Path, key: str) -> None:
+    """Raises UserError where `path` lies on gs:// and a package for that is missing; `key` names the setting."""
+    if str(path).startswith("gs://"):
+        lacking = [name for name in ("gcsfs", "google.cloud.storage") if not _is_installed(name)]
+        require(not lacking, f"{key} {path}: {' and '.join(lacking)} missing; {GCS_INSTALL}")
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a package above it is missing
+        return False
+
+
+def write_whole(path: epath.Path, content: str | bytes) -> None:
+    """Writes a file that is never seen half written, even when the power goes.
+
+    A text is stored as UTF-8; names of files that are none, as `os.fsdecode` gives them, become their bytes again.
+    """
+    raw = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
+    if is_remote(path):  # where a file appears whole
+        path.write_bytes(raw)
+        return
+    temporary = f"{path}{TEMPORARY}"
+    with open(temporary, "wb") as file:
+        file.write(raw)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

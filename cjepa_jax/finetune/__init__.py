@@ -1,1 +1,0 @@
-"""Fine-tuning: a pre-trained encoder and a linear classifier, trained together on labelled images."""

@@ -1,0 +1,24 @@
+"""The methods by name; `config.method` chooses one."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from cjepa_jax.errors import nearest, require
+from cjepa_jax.methods.base import Method
+from cjepa_jax.methods.cjepa import CJEPA
+from cjepa_jax.methods.supervised import Supervised
+
+METHODS: dict[str, type[Method]] = {
+    "cjepa": CJEPA,
+    "supervised": Supervised,
+}
+
+
+def find_method(values: Mapping[str, Any]) -> type[Method]:
+    """Gives the method that settings, nested or flat, are about; those from before there was a choice name none.
+
+    Raises UserError for a name that is not known.
+    """
+    name = values.get("method") or ("supervised" if "augment" in values or "augment.mixup" in values else "cjepa")
+    require(name in METHODS, f"method = {name!r} is not known; {nearest(str(name), METHODS)}")
+    return METHODS[name]

@@ -1,0 +1,209 @@
+"""C-JEPA (Mo and Tong 2024, arXiv 2410.19560): I-JEPA's prediction of hidden blocks, plus VICReg's terms.
+
+Shapes: B images, N patches, M target blocks, K_c context and K_t target tokens, D encoder width, P values of a patch.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, ClassVar, Literal, NamedTuple, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float, UInt8
+
+from cjepa_jax.batch import Batch
+from cjepa_jax.config import Config
+from cjepa_jax.errors import require
+from cjepa_jax.methods import losses
+from cjepa_jax.methods.base import Method, Metrics, Outputs, Panels, Params, Transformer
+from cjepa_jax.models.masking import Mask, Masks, sample_masks, target_tokens
+from cjepa_jax.models.predictor import Predictor, PredictorConfig, build_predictor
+from cjepa_jax.models.projector import Projector
+from cjepa_jax.models.vit import Encoder, build_encoder, normalise, parse_size, patchify, take
+from cjepa_jax.settings import group, setting
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PredictionLoss:
+    """Which distance the prediction is to make small."""
+
+    kind: Literal["smooth_l1", "l2"] = setting("smooth_l1", "As in I-JEPA's code, or as in its paper.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CJEPAConfig(Config):
+    """Settings of C-JEPA; I-JEPA is vicreg.weight = 0."""
+
+    predictor: PredictorConfig = group(PredictorConfig, "The narrow ViT that predicts hidden blocks.")
+    mask: Mask = group(Mask, "Multi-block masking.")
+    loss: PredictionLoss = group(PredictionLoss, "The prediction loss.")
+    vicreg: losses.Vicreg = group(losses.Vicreg, "The regulariser, weight * (invariance + variance + covariance).")
+
+
+class MaskedImages(NamedTuple):
+    """Images of a batch, and what is hidden of each."""
+
+    images: UInt8[Array, "B H W C"]
+    masks: Masks
+
+
+def _apply(module: nn.Module, params: Any, *inputs: Any) -> jax.Array:
+    return cast(jax.Array, module.apply({"params": params}, *inputs))
+
+
+@dataclasses.dataclass(frozen=True)
+class CJEPA(Method):
+    """Predicts features of hidden blocks; the targets come from the moving average of the encoder."""
+
+    config: CJEPAConfig
+
+    settings = CJEPAConfig
+    averaged: ClassVar[Mapping[str, str]] = {"target_encoder": "encoder"}
+    panels: ClassVar[Panels] = {
+        "Loss": ("loss/total", "loss/prediction"),
+        "Regulariser's terms": ("loss/variance", "loss/invariance", "loss/covariance"),
+        "Error of the block mean": ("rep/block_mean_error",),
+        "Std over images": ("rep/std", "rep/cosine"),
+        "Effective rank": ("rep/rank",),
+        "Evaluation on held-out images": ("eval/knn", "eval/logistic"),
+    }
+
+    def __post_init__(self):
+        size, patch = self.config.data.image_size, self.config.model.patch_size
+        require(size % patch == 0, f"model.patch_size = {patch} does not divide data.image_size = {size}")
+        target_tokens(self.config.mask, self.config.grid)
+        _ = self.encoder, self.predictor
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """The network of context and target encoder alike."""
+        return build_encoder(self.config.model, grid=self.config.grid, gather=self.gather)
+
+    @cached_property
+    def predictor(self) -> Predictor:
+        """The network from context features to target features."""
+        return build_predictor(self.config.predictor, self.config.model, grid=self.config.grid, gather=self.gather)
+
+    @cached_property
+    def projector(self) -> Projector:
+        """The network from pooled features to what the regulariser sees."""
+        return Projector(self.config.vicreg.projector)
+
+    def init(self, rng: jax.Array) -> Params:
+        """Draws the parameters of encoder, predictor and projector."""
+        config = self.config
+        rng_encoder, rng_predictor, rng_projector = jax.random.split(rng, 3)
+        values = config.model.patch_size**2 * config.data.channels
+        width = self.encoder.size.width
+        masks = Masks(
+            jnp.zeros((1, 1), jnp.int32),
+            jnp.ones((1, 1), bool),
+            jnp.zeros((1, config.mask.targets, 1), jnp.int32),
+            jnp.ones((1, config.mask.targets, 1), bool),
+        )
+        return {
+            "encoder": self.encoder.init(rng_encoder, jnp.zeros((1, config.grid**2, values)))["params"],
+            "predictor": self.predictor.init(rng_predictor, jnp.zeros((1, 1, width)), masks)["params"],
+            "projector": self.projector.init(rng_projector, jnp.zeros((2, width))).get("params", {}),
+        }
+
+    def masks(self, rng: jax.Array, batch: int) -> Masks:
+        """Draws context and target blocks of `batch` images."""
+        return sample_masks(rng, self.config.mask, grid=self.config.grid, batch=batch)
+
+    def prepare(self, batch: Batch, rng: jax.Array) -> MaskedImages:
+        """Draws the masks of all images of a batch."""
+        return MaskedImages(batch.images, self.masks(rng, len(batch.images)))
+
+    def patches(self, images: UInt8[Array, "B H W C"]) -> Float[Array, "B N P"]:
+        """Normalises images and cuts them into patches."""
+        data = self.config.data
+        return patchify(normalise(images, mean=data.mean, std=data.std), self.config.model.patch_size)
+
+    def forward(self, params: Params, averages: Params, inputs: MaskedImages) -> Outputs:
+        """Runs target encoder, context encoder and predictor.
+
+        Gives of each image the summed prediction error and its number of terms [B], what the regulariser pools, and
+        the mean target feature [B, D].
+        """
+        patches, masks = self.patches(inputs.images), inputs.masks
+        full_target = jax.lax.stop_gradient(
+            losses.target_norm(_apply(self.encoder, averages["target_encoder"], patches))
+        )
+        target = take(full_target, masks.target_idx)
+
+        context = _apply(self.encoder, params["encoder"], patches, masks.context_idx, masks.context_valid)
+        prediction = _apply(self.predictor, params["predictor"], context, masks)
+        error, terms = losses.prediction_error(prediction, target, masks.target_valid, self.config.loss.kind)
+        outputs = {
+            "error": error,
+            "terms": terms,
+            "block_means": prediction.mean(axis=2, where=masks.target_valid[..., None]),  # [B, M, D]
+            "target_block_means": target.mean(axis=2, where=masks.target_valid[..., None]),
+            "features": full_target.mean(axis=1),
+        }
+        if self.config.vicreg.views == "context_target":
+            outputs |= {
+                "context_mean": context.mean(axis=1, where=masks.context_valid[..., None]),
+                "target_mean": target.mean(axis=(1, 2), where=masks.target_valid[..., None]),
+            }
+        return outputs
+
+    def loss(self, params: Params, outputs: Outputs) -> tuple[Float[Array, ""], Metrics]:
+        """Adds the mean prediction error and the weighted regulariser, equations 21 and 22 of the paper."""
+        vicreg, block_means = self.config.vicreg, outputs["block_means"]
+        prediction_loss = outputs["error"].sum() / outputs["terms"].sum()
+        if vicreg.views == "target_blocks":
+            z = _apply(self.projector, params["projector"], rearrange(block_means, "b m d -> m b d"))
+            terms = losses.target_blocks(z, vicreg)
+        else:
+            views = jnp.stack([outputs["context_mean"], outputs["target_mean"]])
+            z = _apply(self.projector, params["projector"], views)
+            terms = losses.context_target(z[0], z[1], vicreg)
+        total = prediction_loss + losses.weighted(terms, vicreg)
+        return total, {
+            "loss/total": total,
+            "loss/prediction": prediction_loss,
+            "loss/variance": terms.variance,
+            "loss/invariance": terms.invariance,
+            "loss/covariance": terms.covariance,
+            "rep/block_mean_error": jnp.square(block_means - outputs["target_block_means"]).mean(),
+        }
+
+    @classmethod
+    def networks_of_init(cls, config: Any) -> tuple[str, ...]:
+        """A run starts from both encoders and the predictor."""
+        return ("encoder", "predictor", "target_encoder")
+
+    def start_from(self, networks: Params) -> tuple[Params, Params]:
+        """Starts both encoders and the predictor; the projector stays fresh."""
+        params = {name: networks[name] for name in ("encoder", "predictor")}
+        return params, {"target_encoder": networks["target_encoder"]}
+
+    def transformers(self) -> dict[str, Transformer]:
+        """Lists context encoder, target encoder and predictor."""
+        config, size = self.config, parse_size(self.config.model.size)
+        mask, predictor, patches = config.mask, config.predictor, config.grid**2
+        values = config.model.patch_size**2 * config.data.channels
+        hidden = target_tokens(mask, config.grid)
+        ends = 2 * size.width * predictor.width * (mask.context_tokens + mask.targets * hidden)
+        encoder = (size.width, size.depth, size.heads, size.mlp_ratio)
+        embedding = 2 * values * size.width  # FLOPs per token
+        return {
+            "context": Transformer(1, mask.context_tokens, *encoder, True, True, embedding * mask.context_tokens),
+            "target": Transformer(1, patches, *encoder, False, False, embedding * patches),
+            "predictor": Transformer(
+                mask.targets,
+                mask.context_tokens + hidden,
+                predictor.width,
+                predictor.depth,
+                size.heads,
+                4,
+                True,
+                True,
+                ends,
+            ),
+        }

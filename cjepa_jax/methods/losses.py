@@ -1,0 +1,123 @@
+"""The prediction loss and the regulariser.
+
+Shapes: B images of the global batch, M target blocks, V views, K_t target
+tokens, D encoder width, d projected width. Everything here is float32; under
+`jit` a mean over B is a mean over all devices and hosts, however B is sharded.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import Array, Bool, Float
+
+from cjepa_jax.errors import at_least, require
+from cjepa_jax.settings import setting
+
+TARGET_NORM_EPS = 1e-5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Vicreg:
+    """The regulariser: weight * (invariance * sim + variance * std + covariance * cov)."""
+
+    weight: float = setting(0.001, "Weight of the regulariser; 0 is I-JEPA.")
+    views: Literal["target_blocks", "context_target"] = setting(
+        "target_blocks", "What is compared: as in the paper's Algorithm 1, or as in its pseudocode."
+    )
+    invariance: float = setting(25.0, "Coefficient of the distance between views.")
+    variance: float = setting(25.0, "Coefficient of the missing standard deviation.")
+    covariance: float = setting(1.0, "Coefficient of the covariances.")
+    gamma: float = setting(1.0, "The standard deviation that the variance term asks of each dimension.")
+    eps: float = setting(1e-4, "Added to variances before the square root.")
+    projector: tuple[int, ...] = setting((), "Widths of an MLP with batch norm; () is the identity.")
+
+    def __post_init__(self):
+        names = ("weight", "invariance", "variance", "covariance", "gamma", "eps")
+        at_least("vicreg", 0, **{name: getattr(self, name) for name in names})
+        require(self.eps > 0, f"vicreg.eps must be positive, got {self.eps}")  # else a collapsed batch has no gradient
+        at_least("vicreg", 1, **{f"projector[{i}]": w for i, w in enumerate(self.projector)})
+
+
+class Regulariser(struct.PyTreeNode):
+    """Holds the three terms before their coefficients."""
+
+    invariance: jax.Array
+    variance: jax.Array
+    covariance: jax.Array
+
+
+def target_norm(features: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    """Normalises the feature axis as a LayerNorm without scale and shift does."""
+    return jax.nn.standardize(
+        features,
+        axis=-1,
+        epsilon=TARGET_NORM_EPS,
+        algorithm="stable",  # type: ignore[call-arg]  # not yet in its stub
+    )
+
+
+def prediction_error(
+    prediction: Float[Array, "B M K D"],
+    target: Float[Array, "B M K D"],
+    valid: Bool[Array, "B M K"],
+    kind: Literal["smooth_l1", "l2"],
+) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+    """Sums the error of each image over its valid tokens and their features; also gives the number of terms.
+
+    Smooth L1 with beta 1 as in I-JEPA's code, or the squared error of its paper.
+    """
+    error = optax.huber_loss(prediction, target) if kind == "smooth_l1" else jnp.square(prediction - target)
+    weight = valid[..., None].astype(error.dtype)
+    return (error * weight).sum(axis=(1, 2, 3)), weight.sum(axis=(1, 2, 3)) * error.shape[-1]
+
+
+def variance_term(z: Float[Array, "*V B d"], vicreg: Vicreg) -> Float[Array, "*V"]:
+    """Computes v(z): how far each dimension's std over the batch falls short of gamma, on average.
+
+    VICReg (arXiv 2105.04906) equations 1 and 2.
+    """
+    std = jnp.sqrt(z.var(axis=-2, ddof=1) + vicreg.eps)
+    return jax.nn.relu(vicreg.gamma - std).mean(axis=-1)
+
+
+def covariance_term(z: Float[Array, "*V B d"]) -> Float[Array, "*V"]:
+    """Computes c(z): the sum of squared off-diagonal covariances over the batch, over d (equations 3 and 4)."""
+    batch, d = z.shape[-2:]
+    z = z - z.mean(axis=-2, keepdims=True)
+    covariance = jnp.einsum("...bi,...bj->...ij", z, z, precision=jax.lax.Precision.HIGHEST) / (batch - 1)
+    off_diagonal = covariance * jnp.expand_dims(1 - jnp.eye(d, dtype=z.dtype), range(z.ndim - 2))
+    return jnp.square(off_diagonal).sum(axis=(-2, -1)) / d
+
+
+def target_blocks(z: Float[Array, "M B d"], vicreg: Vicreg) -> Regulariser:
+    """Takes the M predicted blocks as views of an image, as Algorithm 1 of C-JEPA does.
+
+    Over the ordered pairs i != j: the mean of mean (z_i - z_j)^2, which is twice
+    the unbiased variance over the views; of (v(z_i) + v(z_j)) / 2, which is the
+    mean of v; and of c(z_i) + c(z_j), which is twice the mean of c.
+    """
+    return Regulariser(
+        invariance=2 * z.var(axis=0, ddof=1).mean(),
+        variance=variance_term(z, vicreg).mean(),
+        covariance=2 * covariance_term(z).mean(),
+    )
+
+
+def context_target(context: Float[Array, "B d"], target: Float[Array, "B d"], vicreg: Vicreg) -> Regulariser:
+    """Compares pooled context with pooled target, as C-JEPA's pseudocode; only the context is to be spread out."""
+    return Regulariser(
+        invariance=jnp.square(context - target).mean(),
+        variance=variance_term(context, vicreg),
+        covariance=covariance_term(context),
+    )
+
+
+def weighted(terms: Regulariser, vicreg: Vicreg) -> Float[Array, ""]:
+    """Adds the terms with their coefficients: b_vicreg (b_sim sim + b_std std + b_cov cov), equation 22 of C-JEPA."""
+    return vicreg.weight * (
+        vicreg.invariance * terms.invariance + vicreg.variance * terms.variance + vicreg.covariance * terms.covariance
+    )

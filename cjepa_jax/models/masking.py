@@ -1,0 +1,166 @@
+"""Multi-block masks, sampled on the device with static lengths.
+
+Shapes: B images, M target blocks, N = grid * grid patches in raster order,
+K_c context tokens (`mask.context_tokens`), K_t target tokens (the largest
+block that the settings can give).
+"""
+
+import dataclasses
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cjepa_jax.errors import at_least, interval, require
+from cjepa_jax.settings import setting
+
+# Placements drawn for each image; the first that leaves min_keep context patches
+# is taken, or else the one that leaves most. On 14x14 the first always does.
+ATTEMPTS = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mask:
+    """Multi-block masking; lengths are static, and a validity mask marks what is padding."""
+
+    recipe: Literal["released", "corrected"] = setting(
+        "released", "I-JEPA's code as released, or masking as its paper describes it."
+    )
+    targets: int = setting(4, "Blocks of an image that are predicted.")
+    target_scale: tuple[float, float] = setting((0.15, 0.2), "Share of the patches in a block.")
+    target_aspect: tuple[float, float] = setting((0.75, 1.5), "Height of a block over its width.")
+    context_scale: tuple[float, float] = setting((0.85, 1.0), "Share of the patches in the square context block.")
+    min_keep: int = setting(10, "The fewest context patches that an image may be left with.")
+    context_tokens: int = setting(56, "Static length of the context.")
+    keep: Literal["random", "raster"] = setting("raster", "Which context tokens stay when there are more.")
+
+    def __post_init__(self):
+        at_least("mask", 2, targets=self.targets)
+        at_least("mask", 1, min_keep=self.min_keep)
+        interval("mask", 0.0, 1.0, target_scale=self.target_scale, context_scale=self.context_scale)
+        interval("mask", 0.0, float("inf"), target_aspect=self.target_aspect)
+        require(
+            self.context_tokens >= self.min_keep,
+            f"mask.context_tokens must be at least mask.min_keep = {self.min_keep}, got {self.context_tokens}",
+        )
+
+
+class Masks(NamedTuple):
+    """Indices into the N patches; where `valid` is False the index is padding and must have no influence."""
+
+    context_idx: jax.Array  # [B, K_c] int32
+    context_valid: jax.Array  # [B, K_c] bool
+    target_idx: jax.Array  # [B, M, K_t] int32
+    target_valid: jax.Array  # [B, M, K_t] bool
+
+
+def sample_masks(rng: jax.Array, mask: Mask, *, grid: int, batch: int) -> Masks:
+    """Target blocks of `batch` images, and as context the context block minus all target blocks.
+
+    Source: for `corrected` section 3 of I-JEPA (arXiv 2301.08243), for
+    `released` its released code, whose sizes belong to the step: one number
+    sets scale and aspect ratio of every target block, a second one the scale
+    of every context block.
+    """
+    length, patches = target_tokens(mask, grid), grid * grid
+    rng_size, rng_corner, rng_keep = jax.random.split(rng, 3)
+    per_image = mask.recipe == "corrected"
+    size = _size(rng_size, mask, grid, (batch if per_image else 1, mask.targets))
+    size = jnp.broadcast_to(size, (batch, *size.shape[1:]))  # [B, M + 1, 2], the context block last
+
+    # The released code excludes the end, so the last row and column are never reached.
+    stop = (grid - size + (1 if per_image else 0))[None]  # [1, B, M + 1, 2]: the same for every attempt
+    uniform = jax.random.uniform(rng_corner, (ATTEMPTS, *size.shape))
+    corner = jnp.minimum((uniform * stop.astype(jnp.float32)).astype(jnp.int32), stop - 1)  # it may round up to stop
+    inside = _inside(corner, size[None], grid)  # [A, B, M + 1, N]
+    context = inside[:, :, -1] & ~inside[:, :, :-1].any(axis=2)
+
+    kept = context.sum(axis=-1)  # [A, B]
+    turn = jnp.arange(ATTEMPTS)[:, None]
+    choice = jnp.where(kept >= mask.min_keep, patches + ATTEMPTS - turn, kept).argmax(axis=0)
+    images = jnp.arange(batch)
+    corner, context = corner[choice, images], context[choice, images]
+
+    target_idx, target_valid = _patches_of(corner[:, :-1], size[:, :-1], grid, length)
+    if mask.keep == "random":
+        rank = jax.random.uniform(rng_keep, context.shape)
+    else:  # raster: the first ones stay, so it is the bottom of the image that is lost
+        rank = jnp.broadcast_to(1.0 - jnp.arange(patches) / patches, context.shape)
+    score, context_idx = jax.lax.top_k(jnp.where(context, rank, -1.0), mask.context_tokens)
+    context_valid = score >= 0
+    return Masks(jnp.where(context_valid, context_idx, 0), context_valid, target_idx, target_valid)
+
+
+def target_tokens(mask: Mask, grid: int) -> int:
+    """K_t: the patches of the largest block that the settings can give on grid x grid patches.
+
+    Raises UserError where that grid cannot give the blocks or the context that
+    the settings ask for.
+    """
+    limit = _longest_side(mask, grid)
+    require(limit >= 2, f"a grid of {grid}x{grid} patches is too small for masking: use smaller model.patch_size")
+    r = np.linspace(0, 1, 100_001)
+    scale = _between(mask.target_scale, r)
+    if mask.recipe == "corrected":  # every number of patches with every aspect ratio
+        first, last = np.floor(grid * grid * np.array(mask.target_scale))
+        scale = (np.arange(first, last + 1)[:, None] + 0.5) / grid**2
+    height, width = _rectangle(mask, grid, scale, _between(mask.target_aspect, r), np)
+    require(
+        min(height.min(), width.min()) >= 1,
+        f"mask.target_scale = {mask.target_scale} gives empty blocks on {grid}x{grid} patches: raise its start",
+    )
+    side, _ = _rectangle(mask, grid, np.array(mask.context_scale), np.ones(2), np)
+    require(
+        mask.context_tokens <= side[1] ** 2,
+        f"mask.context_tokens = {mask.context_tokens} is more than the largest context block on {grid}x{grid} "
+        f"patches holds: {side[1] ** 2}",
+    )
+    return int((height * width).max())
+
+
+def _between(interval: tuple[float, float], r: Any) -> Any:
+    return interval[0] + r * (interval[1] - interval[0])
+
+
+def _longest_side(mask: Mask, grid: int) -> int:
+    """The released code cuts blocks to grid - 1."""
+    return grid - 1 if mask.recipe == "released" else grid
+
+
+def _rectangle(mask: Mask, grid: int, scale: Any, aspect: Any, xp: ModuleType) -> tuple[Any, Any]:
+    """Share of the patches and aspect ratio -> height and width in patches."""
+    patches = xp.floor(grid * grid * scale)
+    height, width = xp.round(xp.sqrt(patches * aspect)), xp.round(xp.sqrt(patches / aspect))
+    limit = _longest_side(mask, grid)
+    return xp.minimum(height, limit).astype(np.int32), xp.minimum(width, limit).astype(np.int32)
+
+
+def _size(rng: jax.Array, mask: Mask, grid: int, shape: tuple[int, int]) -> jax.Array:
+    """Height and width of M target blocks and a context block, [B, M + 1, 2] for shape (B, M)."""
+    batch, targets = shape
+    r = jax.random.uniform(rng, (2, batch, targets + 1))
+    target_scale, target_aspect = r[0, :, :-1], r[1, :, :-1]
+    if mask.recipe == "released":  # one number for all target blocks, and for both their scale and aspect
+        target_scale = target_aspect = jnp.broadcast_to(r[0, :, :1], target_scale.shape)
+    scale = [_between(mask.target_scale, target_scale), _between(mask.context_scale, r[0, :, -1:])]
+    aspect = [_between(mask.target_aspect, target_aspect), jnp.ones((batch, 1))]
+    sides = _rectangle(mask, grid, jnp.concatenate(scale, axis=1), jnp.concatenate(aspect, axis=1), jnp)
+    return jnp.stack(sides, axis=-1)
+
+
+def _inside(corner: jax.Array, size: jax.Array, grid: int) -> jax.Array:
+    """Blocks [..., 2] -> whether each patch lies inside, [..., N] bool."""
+    patch = jnp.stack(jnp.divmod(jnp.arange(grid * grid), grid), axis=-1)  # [N, 2]: row and column
+    corner, size = corner[..., None, :], size[..., None, :]
+    patch = jnp.expand_dims(patch, range(corner.ndim - 2))
+    return ((patch >= corner) & (patch < corner + size)).all(axis=-1)
+
+
+def _patches_of(corner: jax.Array, size: jax.Array, grid: int, length: int) -> tuple[jax.Array, jax.Array]:
+    """Blocks [..., 2] -> their patches in raster order, padded with 0, and validity, both [..., length]."""
+    (top, left), (height, width) = (jnp.split(x, 2, axis=-1) for x in (corner, size))
+    row, column = jnp.divmod(jnp.expand_dims(jnp.arange(length), range(width.ndim - 1)), width)
+    valid = row < height
+    return jnp.where(valid, (top + row) * grid + left + column, 0), valid

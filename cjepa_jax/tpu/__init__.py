@@ -1,0 +1,1 @@
+"""Sizes a TPU slice without one: compiles the step for it and predicts what it costs."""

@@ -1,0 +1,85 @@
+"""Several processes as one run: started where the environment asks for it, and stopped together."""
+
+import glob
+import os
+import socket
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from cjepa_jax.errors import UserError, one_line, require
+
+GO_ON, STOP, FAIL = range(3)  # what a process may ask of all; the largest counts
+
+
+def start(coordinator_address: str | None, num_processes: int | None, process_id: int | None, timeout: int) -> None:
+    """Connects this process with the others, where the flags, Slurm or a TPU slice say that there are some.
+
+    Raises UserError where flags are missing, and where the others cannot be
+    reached within `timeout` seconds.
+    """
+    given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
+    missing = [f"--{name}" for name, value in given.items() if value is None]
+    require(len(missing) in (0, 3), f"{' and '.join(missing)} missing: several processes need all three flags")
+    slurm = int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ
+    # What a TPU VM has; on one that is alone the start is harmless.
+    devices = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
+    tpu = os.environ.get("JAX_PLATFORMS", "tpu").startswith("tpu") and bool(devices)
+    if not (slurm or tpu or not missing):
+        return
+    address = coordinator_address or "the first process (as Slurm or the TPU slice names it)"
+    print(f"connecting with the other processes through {address}", file=sys.stderr, flush=True)
+    try:
+        if coordinator_address and process_id:  # JAX would end the process without a word to Python
+            _reach(coordinator_address, timeout)
+        jax.distributed.initialize(**given, initialization_timeout=timeout)  # type: ignore[arg-type]
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(
+            f"the processes did not find one another within {timeout} s through {address}; is each one running, and "
+            f"can it be reached from {os.uname().nodename}? ({one_line(error)[:200]})"
+        ) from None
+
+
+def _reach(address: str, timeout: float) -> None:
+    """Returns when someone listens at HOST:PORT; OSError after `timeout` seconds without."""
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=max(0.1, deadline - time.monotonic())).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
+
+
+def meet(name: str) -> None:
+    """Waits until all processes have come to this place."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+class Consensus:
+    """Lets all processes do after the same step what one of them asks for."""
+
+    def __init__(self, batch: jax.sharding.Sharding, whole: jax.sharding.Sharding):
+        self._batch = batch
+        self._largest = jax.jit(lambda requests: requests.max(), out_shardings=whole)
+        self._answer: Any = np.int32(GO_ON)
+
+    def ask(self, request: int) -> None:
+        """Sends a request; all processes call this after each step, and the answer is there when that step is done."""
+        if jax.process_count() == 1:
+            self._answer = np.int32(request)
+            return
+        mine = np.full(jax.local_device_count(), request, np.int32)  # a row a device
+        self._answer = self._largest(jax.make_array_from_process_local_data(self._batch, mine))
+
+    def result(self) -> int:
+        """Gives the largest of the requests that were sent last; waits for the step."""
+        return int(jax.device_get(self._answer))

@@ -1,0 +1,67 @@
+"""Batches on the devices, one ahead of the step."""
+
+import concurrent.futures
+import time
+from collections.abc import Callable
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+
+from cjepa_jax.batch import Batch
+from cjepa_jax.errors import UserError
+from cjepa_jax.train import sharding
+
+
+class Feed:
+    """Brings batches to the devices; measures for how long the devices stood idle for want of one."""
+
+    seconds_waited = 0.0
+    failure: Exception | None = None  # of this process, among several; the others must hear of it before it leaves
+
+    def __init__(self, batches: grain.DatasetIterator, shapes: Batch, check: Callable[[Batch], None]):
+        """`shapes` describes the global batch; `batches` gives this process's rows of it, which `check` looks at."""
+        self._batches, self._shapes, self._check = batches, shapes, check
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
+        self._next = self._thread.submit(self._fetch)
+
+    def __enter__(self):
+        return self
+
+    def _fetch(self) -> Batch:
+        batch = next(self._batches)
+        self._check(batch)
+        return jax.tree.map(sharding.from_local_rows, batch, self._shapes)
+
+    def take(self, running: Any) -> Batch:
+        """Gives the next batch; `running` are results of the step that the devices work on meanwhile."""
+        while not (self._next.done() or all(x.is_ready() for x in jax.tree.leaves(running))):
+            time.sleep(0.0005)
+        idle_since = time.perf_counter()
+        try:
+            batch = self._next.result()
+        except Exception as error:
+            if jax.process_count() == 1:
+                raise
+            self.failure = error
+            # For the step that the others take too; its result is never saved.
+            with jax.transfer_guard("allow"):
+                return jax.tree.map(lambda x: sharding.from_local_rows(_zeros(x), x), self._shapes)
+        self.seconds_waited += time.perf_counter() - idle_since
+        self._next = self._thread.submit(self._fetch)
+        return batch
+
+    def check(self, *, failed: bool) -> None:
+        """Raises where the batches of some process have failed."""
+        if failed:
+            raise self.failure or UserError("another process could not read its images and says why; all have stopped")
+
+    def __exit__(self, *_):
+        self._thread.shutdown()
+        self._batches.close()
+
+
+def _zeros(array: jax.ShapeDtypeStruct) -> np.ndarray:
+    """Makes zeros in the place of this process's rows."""
+    return np.zeros((len(sharding.local_rows(array)), *array.shape[1:]), array.dtype)

@@ -1,0 +1,192 @@
+"""The loop of every training: feed, steps, metrics one step late, checkpoints, evaluation, and how it is stopped."""
+
+import contextlib
+import math
+import signal
+import sys
+from typing import Any
+
+import jax
+from etils import epath
+
+from cjepa_jax import plots
+from cjepa_jax.config import Config
+from cjepa_jax.data import pipeline
+from cjepa_jax.train import checkpoint, distributed, sharding, writer
+from cjepa_jax.train.diagnostics import diagnose
+from cjepa_jax.train.feed import Feed
+from cjepa_jax.train.setup import Training, set_up
+from cjepa_jax.train.step import TrainState
+
+
+class DivergedError(RuntimeError):
+    """The loss is no longer a number."""
+
+
+def train(
+    config: Config, workdir: epath.Path, init: epath.Path | None = None, profile: tuple[int, int] | None = None
+) -> TrainState:
+    """Trains to the end, or from where the workdir stands, or until SIGTERM or Ctrl-C; returns the last state.
+
+    `init` is a checkpoint whose networks a new run starts from, instead of random ones. `profile` names a first and a
+    last step, between which a trace for xprof or Perfetto is recorded in WORKDIR/profile.
+
+    Raises UserError for settings that do not fit the data, the devices or the workdir, before anything is compiled or
+    written, and where images or a checkpoint cannot be read; DivergedError when the loss is not finite, whereupon the
+    checkpoints are those from before.
+    """
+    run = set_up(config, workdir, init)
+    if run.config.model.dtype == "float32":  # TPUs and GPUs would round the operands of exact products
+        jax.config.update("jax_default_matmul_precision", "highest")
+    config, program, steps, reader = run.config, run.program, run.steps, run.reader
+    root = jax.jit(lambda: tuple(jax.random.split(jax.random.key(config.seed))), out_shardings=program.whole)
+    rng_init, rng_step = root()
+
+    distributed.meet("workdir checked")  # before the first of them makes it
+    checkpoints = checkpoint.Checkpointer(workdir, config.checkpoint, run.meta)
+    restored = checkpoints.restore(program.state)
+    state = run.init(rng_init) if restored is None else restored
+    start = int(jax.device_get(state.step))
+    check = pipeline.check_labelled if run.method.needs_labels else lambda batch: None
+    rows = sharding.local_rows(program.batch.images)
+    batches = pipeline.train_batches(reader, seed=config.seed, start=start, rows=rows, views=run.method.views)
+    checkpoint.write_config(workdir, run.meta["config"])
+    if jax.process_index() == 0:
+        print(_headline(run, state, start), file=sys.stderr, flush=True)
+        _draw_masks(run, workdir)
+
+    log = writer.Writer(workdir, start=start, steps=steps, batch_size=config.data.batch_size)
+    consensus = distributed.Consensus(program.split, program.whole)
+    observe = jax.jit(diagnose)
+    step, asked, skipped = start, distributed.GO_ON, 0
+    running: Any = ()  # the metrics of the step that the devices work on
+    pending = None  # metrics are fetched one step late, so that the devices never wait for the host
+    with (
+        contextlib.closing(checkpoints),
+        contextlib.closing(log),
+        Feed(batches, program.batch, check) as feed,
+        _Stop() as stop,
+        _Profiler(workdir, profile) as profiler,
+    ):
+        while step < steps and asked == distributed.GO_ON:
+            profiler.tick(step)
+            with jax.transfer_guard("disallow"):  # nothing moves between host and devices unless it is asked for
+                batch = feed.take(running)
+                state, step_metrics, features = program.step(state, batch, rng_step)
+                jax.block_until_ready(running)  # one step ahead is enough; without end, images would pile up there
+                asked = consensus.result()
+            requested = distributed.STOP if stop.requested else distributed.GO_ON
+            consensus.ask(distributed.FAIL if feed.failure else requested)
+            running, step = step_metrics, step + 1
+            _flush(log, pending)
+            pending = None
+            log.tick(step, feed.seconds_waited)
+            if step % config.log.every == 0 or step == steps:
+                seen = observe(features) if features is not None else {}
+                pending = step, step_metrics | seen | {"data/skipped": len(reader.unreadable)}
+            if checkpoints.due(step) or step == steps or asked != distributed.GO_ON:
+                asked = max(asked, consensus.result())
+                feed.check(failed=asked == distributed.FAIL)
+                _check_finite(step, step_metrics)
+                checkpoints.save(step, state)
+            if run.evaluation and step % config.eval.every == 0 and step < steps:
+                _flush(log, pending)
+                pending = None
+                log.pause()
+                log.write(step, run.evaluation.probe(run.method.networks(state.params, state.averages)))
+            for name, reason in list(reader.unreadable.items())[skipped:]:
+                log.note(f"skipped {name}: {reason}")
+                skipped += 1
+        _flush(log, pending)
+        if run.evaluation and start < step == steps:
+            networks = run.method.networks(state.params, state.averages)
+            untrained = None if run.method.needs_labels else program.init(rng_init).params["encoder"]
+            log.write(step, run.evaluation.report(networks, untrained, workdir, step=step))
+    if jax.process_index() == 0:
+        plots.curves(writer.read(workdir), workdir / "curves.png", run.method.panels)
+        print(_farewell(workdir, step, steps), file=sys.stderr)
+    return state
+
+
+class _Stop:
+    """SIGTERM or Ctrl-C asks the loop to save and leave; a second one ends the process at once."""
+
+    requested = False
+
+    def __enter__(self):
+        self._previous = {s: signal.signal(s, self._request) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _request(self, signum, frame):
+        self.requested = True
+        self.__exit__()
+
+    def __exit__(self, *_):
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+
+class _Profiler:
+    """Records a trace of the steps from one number to another, where that is asked for."""
+
+    def __init__(self, workdir: epath.Path, steps: tuple[int, int] | None):
+        self._folder, self._steps, self._running = workdir / "profile", steps, False
+
+    def __enter__(self):
+        return self
+
+    def tick(self, step: int) -> None:
+        """Starts or ends the trace before a step."""
+        if self._steps and not self._running and self._steps[0] <= step < self._steps[1]:
+            jax.profiler.start_trace(str(self._folder))
+            self._running = True
+        elif self._steps and self._running and step >= self._steps[1]:
+            self.__exit__()
+
+    def __exit__(self, *_):
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
+
+
+def _flush(log: writer.Writer, pending: tuple[int, dict[str, jax.Array]] | None) -> None:
+    """Fetches and writes the metrics that wait, if any do."""
+    if pending:
+        step, values = pending
+        log.write(step, {name: float(value) for name, value in jax.device_get(values).items()})
+        _check_finite(step, values)
+
+
+def _check_finite(step: int, values: dict[str, jax.Array]) -> None:
+    """Raises DivergedError unless loss and gradient are finite, in which case the state after the step is so too."""
+    for name in ("loss/total", "grad_norm"):
+        if not math.isfinite(float(jax.device_get(values[name]))):
+            raise DivergedError(
+                f"{name} is not finite at step {step}; lower optim.learning_rate or lengthen optim.warmup_epochs"
+            )
+
+
+def _headline(run: Training, state: TrainState, start: int) -> str:
+    """Says what is about to be trained on what."""
+    model, source, device = run.config.model, run.reader.source, jax.devices()[0]
+    of_classes = f" of {len(source.classes)} classes" if source.classes else ", which have no labels"
+    parameters = sum(x.size for x in jax.tree.leaves(state.params))
+    return (
+        f"{run.config.method}: {model.size}/{model.patch_size} on {len(source)} images{of_classes}, "
+        f"{parameters / 1e6:.2f} M parameters, {jax.device_count()} x {device.device_kind}, "
+        f"{run.steps} steps of {run.config.data.batch_size} images" + (f", going on from step {start}" if start else "")
+    )
+
+
+def _draw_masks(run: Training, workdir: epath.Path) -> None:
+    """Draws masks.png, where the method hides something."""
+    images = next(pipeline.ordered_batches(run.reader, size=6, crop_fraction=1.0))[0]
+    sampled = jax.jit(lambda: run.method.masks(jax.random.key(run.config.seed), len(images)))()
+    if sampled is not None:
+        plots.masks(images, jax.device_get(sampled), workdir / "masks.png", grid=run.config.grid)
+
+
+def _farewell(workdir: epath.Path, step: int, steps: int) -> str:
+    if step < steps:
+        return f"stopped and saved at step {step} of {steps}; the same command goes on from there"
+    return f"finished at step {steps}; results are in {workdir}"

@@ -1,0 +1,57 @@
+"""AdamW and the schedules; all schedules are functions of the step alone."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from cjepa_jax.config import Ema, Optim
+from cjepa_jax.methods.base import Method, Params
+
+
+def learning_rate(optim: Optim, steps: int) -> optax.Schedule:
+    """Rises linearly from start to peak in the warm-up, then falls on a cosine to the end value at `steps`."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=optim.learning_rate_start,
+        peak_value=optim.learning_rate,
+        warmup_steps=min(round(steps * optim.warmup_epochs / optim.epochs), steps - 1),
+        decay_steps=steps,
+        end_value=optim.learning_rate_end,
+    )
+    return lambda step: schedule(step + optim.schedule_offset)
+
+
+def weight_decay(optim: Optim, steps: int) -> optax.Schedule:
+    """Moves on a cosine from start to end over all steps."""
+    start, end, offset = optim.weight_decay_start, optim.weight_decay_end, optim.schedule_offset
+    return lambda step: end + (start - end) * (1 + jnp.cos(jnp.pi * (step + offset) / steps)) / 2
+
+
+def ema_step_size(ema: Ema, steps: int) -> optax.Schedule:
+    """Gives 1 - momentum, linear in the step; computed as such, since float32 has few digits left near 1."""
+    return optax.linear_schedule(1 - ema.start, 1 - ema.end, steps)
+
+
+def decay_mask(params: Any) -> Any:
+    """Tells where weight decay acts: on every parameter that is not 1-D, which leaves out all biases and norms."""
+    return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
+def build(method: Method, steps: int, params: Params) -> optax.GradientTransformation:
+    """AdamW with the schedules of a run of `steps` steps, and the method's factor on each update.
+
+    Decay is decoupled and multiplied by the learning rate, as in PyTorch's AdamW.
+    """
+    optim, scale = method.config.optim, method.update_scale(params)
+    adamw = optax.adamw(
+        learning_rate(optim, steps),
+        b1=optim.beta1,
+        b2=optim.beta2,
+        eps=optim.eps,
+        weight_decay=weight_decay(optim, steps),
+        mask=decay_mask,
+    )
+    if scale is None:
+        return adamw
+    return optax.chain(adamw, optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, scale)))

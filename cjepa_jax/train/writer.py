@@ -1,0 +1,112 @@
+"""Metrics to the progress bar, `metrics.jsonl` and TensorBoard, from process 0 only."""
+
+import json
+import sys
+import time
+
+import jax
+from etils import epath
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from cjepa_jax.files import is_remote, write_whole
+
+_BAR = {  # metric -> its name on the bar
+    "loss/total": "loss",
+    "loss/prediction": "pred",
+    "loss/variance": "var",
+    "loss/invariance": "inv",
+    "loss/covariance": "cov",
+    "rep/std": "std",
+    "rep/rank": "rank",
+    "images_per_second": "img/s",
+    "data/wait_fraction": "wait",
+}
+_PROBES = ("eval/knn", "eval/logistic", "eval/top1", "eval/ema_top1")
+
+
+class Writer:
+    """Writes one line a call; also measures images per second, and the share of time spent waiting for them."""
+
+    def __init__(self, workdir: epath.Path, *, start: int, steps: int, batch_size: int):
+        """Lines of steps after `start`, left by a run that was cut off, will come again and are dropped."""
+        self._batch_size = batch_size
+        self._clock: float | None = None
+        self._step = start
+        self._waited = self._waited_before = 0.0
+        self._line = time.perf_counter()
+        self._active = jax.process_index() == 0
+        if not self._active:
+            return
+        self._path = workdir / "metrics.jsonl"
+        self._text = "".join(json.dumps(line) + "\n" for line in read(workdir) if line["step"] <= start)
+        write_whole(self._path, self._text)
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+        self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
+
+    def tick(self, step: int, seconds_waited: float) -> None:
+        """`step` has been taken: moves the bar, and starts the clock once the first one, which compiles, is over.
+
+        seconds_waited: that the devices stood idle for want of images, in all.
+        """
+        self._waited = seconds_waited
+        if self._clock is None:
+            self._clock, self._step = time.perf_counter(), step
+        if self._active:
+            self._bar.update(step - self._bar.n)
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """One line of metrics, plus `data/wait_fraction` and `images_per_second`, both since the last line."""
+        now = time.perf_counter()
+        waited = (self._waited - self._waited_before) / (now - self._line)
+        metrics = {**metrics, "data/wait_fraction": waited}
+        self._waited_before, self._line = self._waited, now
+        if self._clock is not None and step > self._step:
+            metrics = {**metrics, "images_per_second": self._batch_size * (step - self._step) / (now - self._clock)}
+            self._clock, self._step = now, step
+        if not self._active:
+            return
+        line = json.dumps({"step": step, **metrics}) + "\n"
+        if is_remote(self._path):  # no appending there
+            self._text += line
+            self._path.write_text(self._text)
+        else:
+            with self._path.open("a") as file:
+                file.write(line)
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+        text = "  ".join(f"{short} {metrics[name]:.4g}" for name, short in _BAR.items() if name in metrics)
+        probes = "  ".join(f"{name} {value:.1%}" for name, value in metrics.items() if name in _PROBES)
+        if self._bar.disable:
+            print(f"step {step}/{self._bar.total}  {text}  {probes}".rstrip(), file=sys.stderr, flush=True)
+        else:
+            self._bar.set_postfix_str(text, refresh=False)
+            if probes:
+                self._bar.write(f"step {step}: {probes}", file=sys.stderr)
+
+    def note(self, text: str) -> None:
+        """One line for the reader of the screen, above the bar."""
+        tqdm.write(text, file=sys.stderr)
+
+    def pause(self) -> None:
+        """What follows, a probe say, is not training: the clock starts again at the next `tick`."""
+        self._clock = None
+
+    def close(self) -> None:
+        """Ends the bar and flushes TensorBoard's events."""
+        if self._active:
+            self._bar.close()
+            self._board.close()
+
+
+def read(workdir: epath.Path) -> list[dict[str, float]]:
+    """The lines of `metrics.jsonl`, none where there is no file; a last line that was cut off is left out."""
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    parsed = []
+    for line in lines:
+        try:
+            parsed.append(json.loads(line))
+        except ValueError:
+            break
+    return parsed

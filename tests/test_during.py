@@ -1,0 +1,56 @@
+"""Evaluation of networks in training: whose numbers the log shows, and what is written."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from cjepa_jax.config import Mesh
+from cjepa_jax.data import pipeline, sources
+from cjepa_jax.errors import UserError
+from cjepa_jax.evaluate.during import DuringTraining
+from cjepa_jax.models.vit import build_encoder
+from cjepa_jax.train import sharding
+
+
+def test_the_log_shows_the_trained_encoder_and_not_a_baseline(make_config, tmp_path, capsys):
+    splits = {"data__train_split": "train[:200]", "data__test_split": "test[:100]"}
+    config = make_config(eval__every=2, eval__draws=2, **splits)
+    mesh = sharding.make_mesh(Mesh())
+    train = pipeline.Reader(sources.load(config.data, config.data.train_split), config.data)
+    encoder = build_encoder(config.model, grid=4)
+    first, last = (encoder.init(jax.random.key(i), np.zeros((1, 16, 4), np.float32))["params"] for i in range(2))
+
+    during = DuringTraining(config, train, mesh)
+    quick = during.probe({"target_encoder": last, "encoder": first})
+    found = during.report({"target_encoder": last, "encoder": first}, first, epath.Path(tmp_path), step=9)
+    written = json.loads((tmp_path / "evaluation.json").read_text())
+    results = written["results"]
+    assert written["step"] == 9 and list(results) == ["knn", "logistic"]
+    for rows in results.values():
+        assert list(rows) == ["trained", "untrained", "raw pixels"]
+    assert results["knn"]["raw pixels"]["weighted"] > results["knn"]["trained"]["weighted"]  # so that a mix-up shows
+    assert found["eval/knn"] == quick["eval/knn"] == results["knn"]["trained"]["weighted"]
+    assert found["eval/logistic"] == quick["eval/logistic"] == results["logistic"]["trained"]["all labels"]
+    assert len(results["knn"]["trained"]["weighted, 10 a class"]["draws"]) == 2
+    assert "untrained" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "overrides, says",
+    [
+        (
+            {"eval__evaluators": ("knn", "logistik")},
+            "eval.evaluators: 'logistik' is not known; did you mean 'logistic'",
+        ),
+        ({"eval__evaluators": ("davis",)}, "eval.evaluators: 'davis' is not known"),
+        ({"eval__evaluators": ("collapse",)}, "collapse.objects = 1000 is more than the 200 training images"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_said_before_training(make_config, overrides, says):
+    config = make_config(data__train_split="train[:200]", **overrides)
+    train = pipeline.Reader(sources.load(config.data, config.data.train_split), config.data)
+    with pytest.raises(UserError, match=says):
+        DuringTraining(config, train, sharding.make_mesh(Mesh()))

@@ -11,7 +11,7 @@ from typing import Any
 from absl import flags, logging
 from ml_collections import ConfigDict, config_dict, config_flags
 
-from cjepa_jax import settings
+from cjepa_jax import settings, signals
 from cjepa_jax.errors import UserError, nearest, one_line, require
 
 _CONFIG = flags.DEFINE_string("config", None, "The experiment, e.g. configs/digits.py.")
@@ -106,6 +106,7 @@ class TrainingFlags:
         from cjepa_jax.train import distributed  # after the flags: importing jax takes seconds
 
         distributed.start(self._coordinator.value, self._processes.value, self._process.value, self._timeout.value)
+        signals.end_at_once()  # JAX waits for SIGTERM itself when several processes are connected
         workdir = self._workdir.value
         if workdir is None:
             workdir = f"runs/{name}"

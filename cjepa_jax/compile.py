@@ -11,6 +11,9 @@
 --output=FILE             JSON with all numbers; default runs/compile/<config>-<topology>[-layer].json
 
 The command needs the TPU compiler: pip install "jax[tpu]==0.10.2". The whole step takes minutes and some GB.
+
+Exit codes: 0 finished; 2 a mistake that the user can mend, or a step that does not fit; 1 any other error;
+130 and 143 ended by Ctrl-C and SIGTERM.
 """
 
 import importlib.metadata

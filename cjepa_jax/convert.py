@@ -18,13 +18,16 @@ These flags say what an input may leave open:
 --mean=X,X,X --std=X,X,X  of the images' values in [0, 1]; by default ImageNet's
 
 Nothing is written unless all names and shapes are right.
+
+Exit codes: 0 finished; 2 a mistake that the user can mend; 1 any other error; 130 and 143 ended by
+Ctrl-C and SIGTERM.
 """
 
 import os
 
 from absl import flags
 
-from cjepa_jax import command
+from cjepa_jax import command, signals
 from cjepa_jax.errors import UserError, require
 
 FORMATS = ("orbax", "ijepa", "timm", "transformers")
@@ -62,7 +65,8 @@ def _run() -> None:
     from cjepa_jax.interop.tensors import ImportOptions
 
     options = ImportOptions(_HEADS.value, _parse_numbers("mean", _MEAN.value), _parse_numbers("std", _STD.value))
-    print(convert(source, output, kind, encoder=_ENCODER.value, force=_FORCE.value, options=options))
+    with signals.cleaned_up():
+        print(convert(source, output, kind, encoder=_ENCODER.value, force=_FORCE.value, options=options))
 
 
 def main() -> None:

@@ -20,7 +20,12 @@ slices are recognised; elsewhere each process is told
 --start_timeout=300       seconds to wait for one another
 
 The same command in the same workdir goes on from its newest checkpoint. SIGTERM
-or Ctrl-C saves and leaves.
+or Ctrl-C saves and leaves; a second one, or one before the first step is compiled,
+ends the run at once.
+
+Exit codes: 0 finished, or stopped and saved, which the last line says; 2 a mistake
+that the user can mend; 1 the loss is no longer finite, or any other error; 130 and
+143 ended at once by Ctrl-C and SIGTERM.
 
 Into the workdir: config.json, checkpoints/, metrics.jsonl, tensorboard/, curves.png
 and, where there is something to show, masks.png and evaluation.json.
@@ -57,7 +62,7 @@ def _run() -> None:
 
 
 def main() -> None:
-    """Exit code 0; 2 after a mistake that the user can mend; 1 after any other error."""
+    """Runs the command; its exit codes are those that --help names."""
     command.run(_run, __doc__)
 
 

@@ -28,7 +28,7 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from cjepa_jax import command
+from cjepa_jax import command, signals
 from cjepa_jax.config import Data
 from cjepa_jax.data import decode, folder, pipeline, prepare, sources
 from cjepa_jax.errors import require
@@ -214,7 +214,8 @@ def main() -> None:
     def body() -> None:
         require(bool(images.value), "--images is missing; --help explains the command")
         options = {"size": size.value, "count": count.value, "short_side": short_side.value, "rounds": rounds.value}
-        print(measure(str(images.value), **options))
+        with signals.cleaned_up():
+            print(measure(str(images.value), **options))
 
     command.run(body, __doc__)
 

@@ -12,6 +12,9 @@ Files that cannot be decoded are left out and listed in DIR/skipped.txt. The sam
 command goes on where it was stopped. TFDS reads DIR, once it is complete, with
 `builder_from_directory`; its records {"image", "file_name", "label"} are in the
 order of the folder. An image without a label in a folder that has labels gets -1.
+
+Exit codes: 0 finished; 2 a mistake that the user can mend; 1 any other error; 130 and 143 ended by
+Ctrl-C and SIGTERM.
 """
 
 import collections
@@ -34,7 +37,7 @@ from absl import flags
 from etils import epath
 from tqdm import tqdm
 
-from cjepa_jax import command
+from cjepa_jax import command, signals
 from cjepa_jax.data import decode, folder, shard_file
 from cjepa_jax.errors import UserError, one_line, require
 from cjepa_jax.files import TEMPORARY, write_whole
@@ -266,17 +269,16 @@ def main() -> None:
         for flag in (source, output):
             require(flag.value is not None, f"--{flag.name} is missing; --help explains the command")
         try:
-            prepare(
-                str(source.value),
-                str(output.value),
-                short_side=short_side.value,
-                quality=quality.value,
-                threads=threads.value,
-            )
+            with signals.cleaned_up("interrupted; the same command goes on from here"):
+                prepare(
+                    str(source.value),
+                    str(output.value),
+                    short_side=short_side.value,
+                    quality=quality.value,
+                    threads=threads.value,
+                )
         except OSError as error:
             raise UserError(one_line(error)) from None
-        except KeyboardInterrupt:
-            sys.exit("interrupted; the same command goes on from here")
 
     command.run(body, __doc__)
 

@@ -24,6 +24,9 @@
 The images are those of the checkpoint's own config unless settings say otherwise.
 Prints a table; WORKDIR/evaluation/NAME.METHOD.json holds the results and all that it
 takes to repeat them. What is there already with other settings is not overwritten.
+
+Exit codes: 0 finished; 2 a mistake that the user can mend; 1 any other error; 130 and 143 ended by
+Ctrl-C and SIGTERM.
 """
 
 import sys

@@ -143,8 +143,9 @@ def check_workdir(workdir: epath.Path, config: C, start: Mapping[str, Any]) -> t
     require(not workdir.exists() or workdir.is_dir(), f"--workdir {workdir} is a file")
     saved = workdir / "config.json"
     if not saved.exists():
+        # A run that ended while it started may have left the empty folder.
         require(
-            not (workdir / "checkpoints").exists(),
+            not (workdir / "checkpoints").exists() or not any((workdir / "checkpoints").iterdir()),
             f"--workdir {workdir} has checkpoints but no config.json; use another",
         )
         return config, []

@@ -2,14 +2,13 @@
 
 import contextlib
 import math
-import signal
 import sys
 from typing import Any
 
 import jax
 from etils import epath
 
-from cjepa_jax import plots
+from cjepa_jax import plots, signals
 from cjepa_jax.config import Config
 from cjepa_jax.data import pipeline
 from cjepa_jax.train import checkpoint, distributed, sharding, writer
@@ -65,7 +64,7 @@ def train(
         contextlib.closing(checkpoints),
         contextlib.closing(log),
         Feed(batches, program.batch, check) as feed,
-        _Stop() as stop,
+        signals.Stop() as stop,
         _Profiler(workdir, profile) as profiler,
     ):
         while step < steps and asked == distributed.GO_ON:
@@ -73,6 +72,7 @@ def train(
             with jax.transfer_guard("disallow"):  # nothing moves between host and devices unless it is asked for
                 batch = feed.take(running)
                 state, step_metrics, features = program.step(state, batch, rng_step)
+                stop.listen()  # until the first step is compiled, there is nothing to save
                 jax.block_until_ready(running)  # one step ahead is enough; without end, images would pile up there
                 asked = consensus.result()
             requested = distributed.STOP if stop.requested else distributed.GO_ON
@@ -106,24 +106,6 @@ def train(
         plots.curves(writer.read(workdir), workdir / "curves.png", run.method.panels)
         print(_farewell(workdir, step, steps), file=sys.stderr)
     return state
-
-
-class _Stop:
-    """SIGTERM or Ctrl-C asks the loop to save and leave; a second one ends the process at once."""
-
-    requested = False
-
-    def __enter__(self):
-        self._previous = {s: signal.signal(s, self._request) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def _request(self, signum, frame):
-        self.requested = True
-        self.__exit__()
-
-    def __exit__(self, *_):
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
 
 
 class _Profiler:

@@ -1,0 +1,94 @@
+"""Ctrl-C and SIGTERM at every stage of a command, sent to real processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.test_train import ROOT, SMALL, lines
+
+DIGITS = ["cjepa_jax.main", "--config=configs/digits.py", *SMALL]
+
+
+def start(*arguments: str, first: str = "") -> subprocess.Popen[str]:
+    """Runs a command as `python -m` does; the code `first` changes its modules before."""
+    code = f"import sys, runpy\nsys.argv[0] = '-m'\n{first}\nrunpy.run_module({arguments[0]!r}, run_name='__main__')"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments[1:]],
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # Where the tests run in the background, SIGINT may be ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def until_said(process: subprocess.Popen[str], word: str) -> None:
+    assert process.stderr
+    said = ""
+    while word not in said:
+        line = process.stderr.readline()
+        assert line, said
+        said += line
+
+
+def end(process: subprocess.Popen[str], sent: int, *, within: float = 3) -> tuple[int, str]:
+    """Sends a signal; returns the exit code and what the process said from then on."""
+    process.send_signal(sent)
+    since = time.monotonic()
+    said = process.communicate(timeout=60)
+    assert time.monotonic() - since < within, said
+    return process.returncode, "".join(said)
+
+
+COMMANDS = ["main", "finetune", "evaluate", "convert", "compile", "data.prepare", "bench.input", "bench.linear"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_imports_end_at_once_and_without_a_word(name):
+    process = start(f"cjepa_jax.{name}", first="import cjepa_jax; print('now', file=sys.stderr, flush=True)")
+    until_said(process, "now")
+    time.sleep(0.1)
+    assert end(process, signal.SIGINT) == (-signal.SIGINT, "")
+
+
+def test_a_run_that_is_ended_at_any_time_is_no_obstacle_for_the_next(tmp_path):
+    """Three starts of one command: ended between two files, in the first compilation, and while it saves."""
+    arguments = [*DIGITS, f"--workdir={tmp_path / 'run'}", "--config.checkpoint.every=100000"]
+    first = "from cjepa_jax.train import checkpoint; import os; checkpoint.write_config = lambda *a: os._exit(3)"
+    process = start(*arguments, first=first)
+    assert (process.communicate(timeout=100), process.returncode)[1] == 3
+    assert not (tmp_path / "run" / "config.json").exists()
+
+    slow = "from jax._src import compiler; import time; f = compiler.compile_or_get_cached\n"
+    slow += "def wait(*a, **k): print('now', file=sys.stderr, flush=True); time.sleep(8); return f(*a, **k)\n"
+    slow += "from cjepa_jax import plots; g = plots.masks\n"  # what is drawn just before the loop
+    slow += "def then(*a, **k): g(*a, **k); compiler.compile_or_get_cached = wait\nplots.masks = then"
+    process = start(*arguments, first=slow)
+    until_said(process, "now")
+    assert end(process, signal.SIGTERM) == (-signal.SIGTERM, "")
+
+    slow = "from cjepa_jax.train import checkpoint; import time\n"
+    slow += (
+        "def save(*a): print('now', file=sys.stderr, flush=True); time.sleep(60)\ncheckpoint.Checkpointer.save = save"
+    )
+    process = start(*arguments, first=slow)
+    until_said(process, "step 3/")
+    process.send_signal(signal.SIGINT)
+    until_said(process, "now")
+    assert end(process, signal.SIGINT) == (-signal.SIGINT, "")
+    assert [line["step"] for line in lines(tmp_path / "run")][:3] == [1, 2, 3]
+
+
+def test_what_a_command_makes_for_itself_is_removed(tmp_path):
+    """By one signal; the line is for those who can go on."""
+    code = "import sys, os, signal, time\nfrom cjepa_jax import signals\nwith signals.cleaned_up('goes on'):\n"
+    code += "    try:\n        os.kill(os.getpid(), signal.SIGTERM)\n        time.sleep(60)\n"
+    code += "    finally:\n        print('removed', file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=20)
+    assert (done.returncode, done.stderr) == (-signal.SIGTERM, "removed\ngoes on\n")

@@ -1,5 +1,6 @@
 """Runs the benchmarks on little input; no test judges the numbers."""
 
+import itertools
 import pathlib
 import re
 import sys
@@ -9,8 +10,10 @@ import sklearn.datasets
 from absl.testing import flagsaver
 from PIL import Image
 
+from cjepa_jax.bench import damage as bench_damage
 from cjepa_jax.bench import input as bench
 from cjepa_jax.bench import linear as bench_linear
+from cjepa_jax.data import decode
 from cjepa_jax.errors import UserError
 
 CHINA = pathlib.Path(sklearn.datasets.__file__).parent / "images" / "china.jpg"
@@ -39,6 +42,33 @@ def test_input_needs_images(tmp_path):
         bench.measure(str(tmp_path), size=64, count=64, short_side=100, rounds=1)
 
 
+@pytest.mark.filterwarnings("default")  # whatever the codecs say about such files
+def test_damage_counts_what_is_read_and_what_is_refused(monkeypatch):
+    some = list(itertools.islice(bench_damage.damaged(40, seed=1), 2))
+    monkeypatch.setattr(bench_damage, "largest", lambda: iter(some))
+    said, raised = bench_damage.measure(count=40, size=16, seed=0)
+    assert not raised and said.endswith("\n0 errors other than UnreadableError")
+    rows = re.findall(r"^(fast|pillow|prepare) +(\d+) +(\d+) +(\d\.\d+)  ", said, re.MULTILINE)
+    assert [name for name, *_ in rows] == ["fast", "pillow", "prepare"] * 2
+    for _, read, refused, _ in rows[:3]:
+        assert int(read) + int(refused) == 40 and int(read) > 3 < int(refused)
+
+
+def test_damage_names_other_errors(monkeypatch):
+    monkeypatch.setattr(bench_damage, "largest", lambda: iter(()))
+    monkeypatch.setattr(bench_damage.decode, "shrink_file", lambda *_, **__: 1 / 0)
+    said, raised = bench_damage.measure(count=2, size=16, seed=0)
+    assert said.endswith("\n2 errors other than UnreadableError") and len(raised) == 2
+    assert raised[0].startswith("prepare, ") and "ZeroDivisionError" in raised[0]
+
+
+def test_every_whole_file_is_read():
+    for name, raw in bench_damage.whole().items():
+        for decoder in ("fast", "pillow"):
+            pixels = decode.crop(raw, lambda w, h: (0, 0, w, h), size=8, channels=3, decoder=decoder)
+            assert pixels.std() > 5, name
+
+
 def test_linear_measures_both_ways():
     said = bench_linear.measure(images=64, width=8, classes=3, members=2, batch_size=32, rounds=1)
     assert re.search(r"^one by one +\d+ ms an epoch\n\d+\.\d times as fast in the median", said, re.MULTILINE)
@@ -52,6 +82,7 @@ def test_linear_measures_both_ways():
         (bench, ["--images=/none", "--rounds=0"], "--rounds"),
         (bench_linear, ["--batch-size=x"], "--batch-size"),
         (bench_linear, ["--size=3"], "'size'"),
+        (bench_damage, ["--count=0"], "--count"),
     ],
 )
 def test_mistakes_are_one_line(module, arguments, message, monkeypatch, capsys):
@@ -70,7 +101,7 @@ def test_the_command_takes_its_flags(monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("2 members, 64 images of 8 features, 3 classes, batches of 32, ")
 
 
-@pytest.mark.parametrize("module", [bench, bench_linear])
+@pytest.mark.parametrize("module", [bench, bench_linear, bench_damage])
 def test_help_is_the_docstring(module, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench", "--help"])
     with flagsaver.flagsaver(), pytest.raises(SystemExit) as stop:

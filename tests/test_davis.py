@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from cjepa_jax.errors import UserError
@@ -187,3 +188,10 @@ def test_a_video_of_two_frames_is_refused(tmp_path):
 def test_a_short_side_below_a_patch_is_refused():
     with pytest.raises(UserError, match=r"davis\.short_side = 10 is too small for patches of 16"):
         davis.frame_size(854, 480, short_side=10, patch_size=16)
+
+
+def test_a_mask_of_another_format_is_refused(tmp_path):
+    """Pillow would call Ghostscript for this one."""
+    (tmp_path / "00000.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
+    with pytest.raises(UserError, match=r"00000\.png cannot be read: not a JPEG, PNG"):
+        davis.read_mask(epath.Path(tmp_path / "00000.png"))

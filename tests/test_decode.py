@@ -4,6 +4,7 @@ import io
 import math
 import pathlib
 import random
+import re
 
 import cv2
 import numpy as np
@@ -163,6 +164,41 @@ def test_the_low_pass_has_the_variance_that_a_triangle_wants(scale):
     assert (taps * offsets**2).sum() == pytest.approx(max(0, scale**2 - 1) / 6, rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.parametrize("form", ["png", "jpeg"])
+@pytest.mark.parametrize("box, size", [((0, 0, 1280, 854), 12), ((3, 5, 1277, 43), 30), ((100, 9, 137, 851), 20)])
+def test_large_reductions_are_close_to_pillows(form, box, size):
+    """Including thin boxes, which are reduced along one side alone."""
+    picture = encoded(Image.open(PHOTOS[0]).resize((1280, 854), Image.LANCZOS), form)
+    found, expected = crop(picture, box, size=size), pillow(picture, box, size)
+    assert psnr(found, expected) > 40
+    assert abs(found.mean() - expected.mean()) < 0.25
+
+
+@pytest.mark.parametrize("width, height", [(1, 60_000), (60_000, 1), (3000, 3000), (3000, 1500)])
+def test_filtering_takes_no_more_taps_a_pixel_however_large_the_picture(width, height, monkeypatch):
+    work = []
+
+    def count(pixels, depth, taps_x, taps_y, **options):
+        work.append(pixels.shape[0] * pixels.shape[1] * (len(taps_x) + len(taps_y)))
+        return pixels
+
+    monkeypatch.setattr(cv2, "sepFilter2D", count)
+    crop(encoded(Image.new("1", (width, height))), size=8)
+    assert sum(work) < 150 * width * height
+
+
+def test_ordinary_crops_are_only_filtered(monkeypatch):
+    """A crop less than 32 times as large as the result is what it was before larger ones were averaged first."""
+    used = []
+    monkeypatch.setattr(
+        cv2, "resize", lambda *args, of=cv2.resize, **options: used.append(options) or of(*args, **options)
+    )
+    crop(encoded(Image.open(PHOTOS[0])), (0, 0, 639, 426), size=20)
+    assert used == [{"interpolation": cv2.INTER_LINEAR}]
+    crop(encoded(Image.open(PHOTOS[0])), (0, 0, 640, 426), size=20)
+    assert used[1:] == [{"interpolation": cv2.INTER_AREA}, {"interpolation": cv2.INTER_LINEAR}]
+
+
 @pytest.mark.parametrize("decoder", ["fast", "pillow"])
 def test_channels_are_in_order_and_grey_is_luma(decoder):
     red = encoded(Image.new("RGB", (30, 20), (200, 10, 40)), "jpeg", quality=95)
@@ -288,8 +324,22 @@ def jpeg_bomb():
     return bytes(picture)
 
 
+def many_scans():
+    """A megapixel of progressive JPEG whose last scan is repeated until it takes minutes."""
+    picture = encoded(Image.new("L", (1024, 1024)), "jpeg", progressive=True)
+    scan = picture[picture.rindex(b"\xff\xda") : -2]
+    return picture[:-2] + scan * 6000 + picture[-2:]
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n0 0 moveto showpage\n"
 JPEG = PHOTOS[0].read_bytes()
 BAD = {
+    "eps": EPS,
+    "tiff": encoded(photo(), "tiff"),
+    "jpeg 2000": encoded(photo(), "jpeg2000"),
+    "icon": encoded(photo(), "ico"),
+    "a png of a long side": encoded(Image.new("1", (1, 1_000_000))),
+    "a jpeg of many scans": many_scans(),
     "empty": b"",
     "html": b"<!DOCTYPE html><html><body>404</body></html>",
     "half of a jpeg": JPEG[: len(JPEG) // 2],
@@ -313,8 +363,41 @@ BAD_FOR = [(d, name) for d in ("fast", "pillow") for name in BAD if (d, name) !=
 def test_what_is_no_picture_is_unreadable(decoder, name):
     with pytest.raises(decode.UnreadableError) as error:
         crop(BAD[name], decoder=decoder)
-    if "bomb" in name:
-        assert "30000 x 30000" in str(error.value)
+    _check_reason(name, str(error.value))
+
+
+@pytest.mark.parametrize("name", [name for name in BAD if name != "half of a bmp"])
+def test_what_is_no_picture_is_not_stored(name):
+    """Of a BMP that was cut off, Pillow has said so already."""
+    with pytest.raises(decode.UnreadableError) as error:
+        decode.shrink_file(BAD[name], short_side=8, quality=90)
+    _check_reason(name, str(error.value))
+
+
+def _check_reason(name, reason):
+    wanted = {
+        "a jpeg bomb": "30000 x 30000",
+        "a png bomb": "30000 x 30000",
+        "a png of a long side": "1 x 1000000 pixels",
+    }
+    wanted |= {"a jpeg of many scans": "a JPEG of 600. scans"}
+    wanted |= dict.fromkeys(("eps", "tiff", "jpeg 2000", "icon"), "not a JPEG, PNG, WebP, BMP or GIF file")
+    assert re.match(wanted.get(name, ""), reason)
+
+
+@pytest.mark.parametrize("decoder", ["fast", "pillow"])
+def test_several_pictures_in_one_jpeg_file_are_read_as_the_first(decoder):
+    picture = encoded(
+        Image.new("RGB", (30, 20), "red"), "mpo", save_all=True, append_images=[Image.new("RGB", (30, 20))]
+    )
+    assert picture[:2] == b"\xff\xd8"
+    np.testing.assert_allclose(crop(picture, decoder=decoder)[5, 5], (255, 0, 0), atol=3)
+
+
+def test_a_film_behind_a_jpeg_is_no_scan():
+    """Photos of telephones carry films, whose bytes look like the mark of a scan by chance."""
+    photo_and_film = JPEG + random.Random(0).randbytes(2**22)
+    np.testing.assert_array_equal(crop(photo_and_film), crop(JPEG))
 
 
 @pytest.mark.filterwarnings("default")  # whatever the codecs say about such files

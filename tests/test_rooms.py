@@ -81,6 +81,12 @@ def test_only_sharding_knows_axis_names():
             assert "PartitionSpec" not in path.read_text(), path.name
 
 
+def test_one_function_opens_image_files():
+    """It says which formats; Pillow by itself would try all that it knows, and call Ghostscript for one of them."""
+    used = [path.name for path in ROOT.rglob("*.py") for _ in range(path.read_text().count("Image.open("))]
+    assert used == ["decode.py"]
+
+
 @pytest.mark.parametrize("room", ["tpu/hlo", "tpu/cost", "tpu/chips", "command", "convert"])
 def test_what_runs_before_jax_imports_none(room):
     """The environment that the TPU compiler wants must be set first; and --help should be quick."""

@@ -16,7 +16,6 @@ cropping; "pipeline" is what training reads from.
 """
 
 import dataclasses
-import io
 import math
 import os
 import statistics
@@ -102,7 +101,7 @@ class Bench:
         """Crops all boxes with Pillow, as torchvision does."""
         return [
             np.asarray(
-                Image.open(io.BytesIO(self._source.records[index]["image"]))
+                decode.open_file(self._source.records[index]["image"])
                 .convert("RGB")
                 .crop(box)
                 .resize((self._size, self._size), Image.Resampling.BILINEAR)

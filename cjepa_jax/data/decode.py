@@ -1,27 +1,34 @@
 """Decodes one picture, crops it, resizes the crops with antialiasing, and shrinks files. Runs in threads.
 
-A picture is the bytes of an image file, or pixels [H, W] or [H, W, 3] uint8.
+A picture is the bytes of an image file of one of the `FORMATS`, or pixels [H, W] or [H, W, 3] uint8.
 EXIF orientation is applied, transparency is laid on white, 16 bits become 8, and
-of an animation the first frame counts.
+of an animation the first frame counts. The time that a picture takes is linear in
+its pixels, and their number has a limit.
 """
 
+import contextlib
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import cv2
 import numpy as np
 import simplejpeg
 from jaxtyping import Float32, UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 CropBox = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
 ChooseBox = Callable[[int, int], CropBox]  # width and height of the upright picture -> the box to crop
 Crop = UInt8[np.ndarray, "size size C"]
 Decoder = Literal["fast", "pillow"]
 
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # others are refused: Pillow would run Ghostscript for an EPS
 MAX_PIXELS = 2**27  # of one picture; decoded, that is 400 MB a thread
+MAX_SIDE = 65_500  # pixels; libjpeg reads and writes no longer ones
+MAX_SCANS = 32  # of a JPEG of MAX_PIXELS, and more of smaller ones: each takes time for all pixels, but few bytes
+
+_REDUCED = 16  # an averaged picture is still so many times as large as the crop, so that the filter shapes the result
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow would warn at one size and refuse at another; `MAX_PIXELS` is checked here
 cv2.setNumThreads(1)  # the loader's threads are parallel already
@@ -49,7 +56,7 @@ def crops(
 
     Raises UnreadableError where the picture cannot be decoded.
     """
-    try:
+    with _unreadable():
         if decoder == "fast":
             pixels, boxes, shrink = _decode_fast(picture, choose_boxes, size, channels)
             resized = [_resize_fast(pixels, box, size, shrink) for box in boxes]
@@ -58,25 +65,39 @@ def crops(
             boxes = [choose_box(*opened.size) for choose_box in choose_boxes]
             # resize(box=...) is not used because its filter sees the pixels just outside the box.
             resized = [np.asarray(opened.crop(box).resize((size, size), Image.Resampling.BILINEAR)) for box in boxes]
-    except UnreadableError:
-        raise
-    except Exception as error:  # a broken file makes the codecs raise almost anything
-        reason = str(error).split(" <_io")[0]  # Pillow names the object in memory
-        raise UnreadableError(f"{type(error).__name__}: {reason}") from error
     return [pixels.reshape(size, size, channels) for pixels in resized]
 
 
-def open_picture(picture: bytes | np.ndarray, channels: int) -> Image.Image:
-    """Returns the whole picture, upright, in greyscale (1 channel) or RGB (3 channels).
+@contextlib.contextmanager
+def _unreadable() -> Iterator[None]:
+    """Turns whatever a codec raises into UnreadableError: a broken file makes it raise almost anything."""
+    try:
+        yield
+    except UnreadableError:
+        raise
+    except Exception as error:
+        raise UnreadableError(f"{type(error).__name__}: {error}") from error
 
-    Raises UnreadableError where the picture is too large; Pillow raises other errors for damaged files.
+
+def open_file(picture: bytes) -> Image.Image:
+    """Opens an image file as it is stored; its pixels are decoded when they are asked for.
+
+    Raises UnreadableError where it has none of the `FORMATS`, or is too large; Pillow raises other errors for damaged
+    files.
     """
-    if isinstance(picture, np.ndarray):
-        image = Image.fromarray(picture)
-    else:
-        image = Image.open(io.BytesIO(picture))
-        _check_pixels(*image.size)
-        image = ImageOps.exif_transpose(image)
+    try:
+        image = Image.open(io.BytesIO(picture), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise UnreadableError("not a JPEG, PNG, WebP, BMP or GIF file, or damaged in its first bytes") from None
+    _check_size(*image.size)
+    if image.format == "JPEG":
+        _check_scans(picture, *image.size)
+    return image
+
+
+def open_picture(picture: bytes | np.ndarray, channels: int) -> Image.Image:
+    """Returns the whole picture, upright, in greyscale (1 channel) or RGB (3 channels). Raises as `open_file` does."""
+    image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else ImageOps.exif_transpose(open_file(picture))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -86,13 +107,18 @@ def open_picture(picture: bytes | np.ndarray, channels: int) -> Image.Image:
 
 
 def jpeg_size(picture: bytes) -> tuple[int, int] | None:
-    """Returns (width, height) of a JPEG file that all decoders read alike: grey or YCbCr, and upright; else None."""
+    """Returns (width, height) of a JPEG file that all decoders read alike: grey or YCbCr, and upright; else None.
+
+    Raises UnreadableError where it is too large; simplejpeg raises other errors for damaged files.
+    """
     if not picture.startswith(b"\xff\xd8"):
         return None
     height, width, colours, _ = simplejpeg.decode_jpeg_header(picture)
+    _check_size(width, height)
+    _check_scans(picture, width, height)
     if colours not in ("Gray", "YCbCr"):
         return None
-    if picture.find(b"Exif\0\0", 0, 65536) > 0 and Image.open(io.BytesIO(picture)).getexif().get(0x0112, 1) != 1:
+    if picture.find(b"Exif\0\0", 0, 65536) > 0 and open_file(picture).getexif().get(0x0112, 1) != 1:
         return None
     return width, height
 
@@ -100,26 +126,26 @@ def jpeg_size(picture: bytes) -> tuple[int, int] | None:
 def shrink_file(raw: bytes, *, short_side: int, quality: int) -> bytes:
     """Returns the image file to store for an image file: itself where it is small enough, else a JPEG.
 
-    Raises UnreadableError or anything else that the codecs raise where the file is damaged.
+    Raises UnreadableError where the file cannot be decoded.
     """
-    size = jpeg_size(raw)
-    if size and math.prod(size) <= MAX_PIXELS:
-        grey = simplejpeg.decode_jpeg_header(raw)[2] == "Gray"
-        # Pillow would fill what is damaged with something.
-        pixels = simplejpeg.decode_jpeg(raw, "GRAY" if grey else "RGB", strict=True)
-        image, as_it_is = Image.fromarray(pixels[..., 0] if grey else pixels), True
-    else:
-        header = Image.open(io.BytesIO(raw))
-        image = open_picture(raw, 1 if Image.getmodebase(header.mode) == "L" else 3)
-        as_it_is = header.format in ("PNG", "WEBP", "BMP")
-    factor = short_side / min(image.size)
-    if as_it_is and factor >= 1:
-        return raw
-    if factor < 1:
-        width, height = (max(short_side, round(side * factor)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=quality)
+    with _unreadable():
+        if jpeg_size(raw):
+            grey = simplejpeg.decode_jpeg_header(raw)[2] == "Gray"
+            # Pillow would fill what is damaged with something.
+            pixels = simplejpeg.decode_jpeg(raw, "GRAY" if grey else "RGB", strict=True)
+            image, as_it_is = Image.fromarray(pixels[..., 0] if grey else pixels), True
+        else:
+            header = open_file(raw)
+            image = open_picture(raw, 1 if Image.getmodebase(header.mode) == "L" else 3)
+            as_it_is = header.format in ("PNG", "WEBP", "BMP")
+        factor = short_side / min(image.size)
+        if as_it_is and factor >= 1:
+            return raw
+        if factor < 1:
+            width, height = (max(short_side, round(side * factor)) for side in image.size)
+            image = image.resize((width, height), Image.Resampling.LANCZOS)
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=quality)
     return file.getvalue()
 
 
@@ -156,9 +182,20 @@ def central_box(width: int, height: int, *, fraction: float) -> CropBox:
     return left, top, left + side, top + side
 
 
-def _check_pixels(width: int, height: int) -> None:
+def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise UnreadableError(f"{width} x {height} pixels; more than {MAX_PIXELS} are not decoded")
+    if max(width, height) > MAX_SIDE:
+        raise UnreadableError(f"{width} x {height} pixels; sides above {MAX_SIDE} are not decoded")
+
+
+def _check_scans(picture: bytes, width: int, height: int) -> None:
+    """Raises UnreadableError for a JPEG file of too many scans."""
+    pairs = (np.frombuffer(picture, "<u2", (len(picture) - offset) // 2, offset) for offset in (0, 1))
+    scans = sum(np.count_nonzero(codes == 0xDAFF) for codes in pairs)  # bytes.count takes 50 times as long
+    by_chance = len(picture) // 2**15  # their mark is never in their data, but in a film behind the picture, say
+    if (scans - by_chance) * width * height > MAX_SCANS * MAX_PIXELS:
+        raise UnreadableError(f"a JPEG of {scans} scans, too many to decode for {width} x {height} pixels")
 
 
 def _decode_fast(
@@ -170,7 +207,6 @@ def _decode_fast(
         opened = open_picture(picture, channels)
         return np.asarray(opened), [choose_box(*opened.size) for choose_box in choose_boxes], 1
     width, height = found
-    _check_pixels(width, height)
     boxes = [choose_box(width, height) for choose_box in choose_boxes]
     # Large crops are decoded at a half, a quarter or an eighth, which stays at least as large as the result.
     shortest = min(min(right - left, bottom - top) for left, top, right, bottom in boxes)
@@ -194,6 +230,13 @@ def _resize_fast(pixels: np.ndarray, box: CropBox, size: int, shrink: int) -> np
     x, y = int(left), int(top)
     pixels = pixels[y : math.ceil(bottom), x : math.ceil(right)]
     scale_x, scale_y = (right - left) / size, (bottom - top) / size
+    if max(scale_x, scale_y) >= 2 * _REDUCED:  # the filter's time grows with its length, that of averaging does not
+        height, width = pixels.shape[:2]
+        fewer = (math.ceil(n / max(1, scale // _REDUCED)) for n, scale in ((width, scale_x), (height, scale_y)))
+        pixels = cv2.resize(pixels, tuple(fewer), interpolation=cv2.INTER_AREA)
+        share_y, share_x = pixels.shape[0] / height, pixels.shape[1] / width
+        left, top, x, y = (left - x) * share_x, (top - y) * share_y, 0, 0
+        scale_x, scale_y = scale_x * share_x, scale_y * share_y
     if max(scale_x, scale_y) > 1:
         pixels = cv2.sepFilter2D(pixels, -1, _low_pass(scale_x), _low_pass(scale_y), borderType=cv2.BORDER_REPLICATE)
     if shrink == 1:

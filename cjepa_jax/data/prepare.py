@@ -184,8 +184,10 @@ def _record(
     try:
         with open(os.path.join(root, file.path), "rb") as opened:
             image = decode.shrink_file(opened.read(), short_side=settings["short_side"], quality=settings["quality"])
-    except Exception as error:  # a broken file makes the codecs raise almost anything
-        return f"{type(error).__name__}: {one_line(error).split(' <_io')[0]}"  # without the address of an object
+    except decode.UnreadableError as error:
+        return one_line(error)
+    except OSError as error:
+        return f"{type(error).__name__}: {one_line(error)}"
     example: dict[str, Any] = {"image": image, "file_name": os.fsencode(file.path)}
     if "label" in features:
         example["label"] = -1 if file.label is None else file.label  # -1 is unknown in TFDS

@@ -16,7 +16,7 @@ from matplotlib import colormaps
 from PIL import Image
 
 from cjepa_jax import plots
-from cjepa_jax.data.decode import open_picture
+from cjepa_jax.data.decode import open_file, open_picture
 from cjepa_jax.errors import UserError, at_least, one_line, require
 from cjepa_jax.evaluate import tracking
 from cjepa_jax.evaluate.base import Evaluator, Rows
@@ -216,10 +216,12 @@ def summary(results: dict[str, Result]) -> dict[str, Any]:
 def read_mask(path: epath.Path) -> np.ndarray:
     """Reads the number of the object at each pixel, [H, W] uint8. Raises UserError."""
     try:
-        with path.open("rb") as file, Image.open(file) as image:
-            require(image.mode in ("P", "L"), f"{path} is a {image.mode} image; a mask has a palette, or is grey")
-            return np.array(image)
-    except OSError as error:
+        image = open_file(path.read_bytes())
+        require(image.mode in ("P", "L"), f"{path} is a {image.mode} image; a mask has a palette, or is grey")
+        return np.array(image)
+    except UserError:
+        raise
+    except Exception as error:  # a broken file makes the codecs raise almost anything
         raise UserError(f"{path} cannot be read: {one_line(error)}") from None
 
 

@@ -24,18 +24,3 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-
-
-def at_least(group: str, minimum: float, **values: float) -> None:
-    """Raises UserError for a value below the minimum; `group` is the keys' group."""
-    for key, value in values.items():
-        require(value >= minimum, f"{group}.{key} must be at least {minimum}, got {value}")
-
-
-def interval(group: str, low: float, high: float, **values: tuple[float, float]) -> None:
-    """Raises UserError for a pair that does not increase, or leaves (low, high]; `group` is the keys' group."""
-    for key, (start, end) in values.items():
-        require(
-            low < start <= end <= high,
-            f"{group}.{key} must be an increasing pair in ({low}, {high}], got {(start, end)}",
-        )

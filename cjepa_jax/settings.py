@@ -3,6 +3,10 @@
 A setting is a field `key: type = setting(default, "What it means.")` of a frozen dataclass; a group of settings is a
 field `name: Group = group(Group, "What it is about.")`. Everywhere else a setting is called "group.key".
 
+A setting that holds numbers also says in which range each of them lies, such as within="(0, 1]", and no range is
+endless: `parse` refuses what lies outside, infinity and NaN among it. A pair of floats is an interval, whose start must
+not be above its end. `__post_init__` of a group checks only what concerns several settings.
+
 A setting that is new since checkpoints were written needs no care where its default is what the code did before;
 otherwise `before` says what it did. A setting or group that was renamed says so by `formerly`.
 """
@@ -36,19 +40,29 @@ FREE_TO_CHANGE = (
 )
 
 
-def setting(default: T, meaning: str, *, before: Any = dataclasses.MISSING, formerly: str | None = None) -> T:
+def setting(
+    default: T,
+    meaning: str,
+    *,
+    within: str | None = None,
+    before: Any = dataclasses.MISSING,
+    formerly: str | None = None,
+) -> T:
     """Declares a setting with its default and a sentence about it.
 
+    within: the range of its numbers, with a round bracket at an end that does not belong to it; only a setting without
+    numbers has none.
     before: what the code did before the setting existed, where that is not its default.
     formerly: the setting's old key in the same group, which is still understood.
     """
-    metadata = {"meaning": meaning, "before": default if before is dataclasses.MISSING else before}
-    return typing.cast(T, dataclasses.field(default=default, metadata=metadata | {"formerly": formerly}))
+    metadata = {"meaning": meaning, "within": within, "formerly": formerly}
+    metadata["before"] = default if before is dataclasses.MISSING else before  # type: ignore[assignment]
+    return typing.cast(T, dataclasses.field(default=default, metadata=metadata))
 
 
-def required(meaning: str) -> Any:
-    """Declares a setting that has no default."""
-    return dataclasses.field(metadata={"meaning": meaning, "formerly": None})
+def required(meaning: str, *, within: str | None = None) -> Any:
+    """Declares a setting that has no default; its arguments are those of `setting`."""
+    return dataclasses.field(metadata={"meaning": meaning, "within": within, "formerly": None})
 
 
 def group(cls: type[T], meaning: str, *, formerly: str | None = None) -> T:
@@ -63,6 +77,7 @@ class Key:
     name: str  # "group.key", or "key" outside of all groups
     hint: Any
     meaning: str
+    within: str | None  # the range of its numbers
     default: Any  # dataclasses.MISSING where the setting is required
     before: Any  # what a checkpoint that lacks the key was trained with
     formerly: str | None  # the old name, as complete as `name`
@@ -74,9 +89,10 @@ def keys(cls: Any) -> tuple[Key, ...]:
     found = []
     for name, hint, field in _fields(cls):
         meaning, formerly = field.metadata.get("meaning", ""), field.metadata.get("formerly")
+        within = field.metadata.get("within")
         if not dataclasses.is_dataclass(hint):
             before = field.metadata.get("before", field.default)
-            found.append(Key(name, hint, meaning, field.default, before, formerly))
+            found.append(Key(name, hint, meaning, within, field.default, before, formerly))
             continue
         for key in keys(typing.cast(type, hint)):
             old = f"{formerly or name}.{key.formerly or key.name}" if formerly or key.formerly else None
@@ -87,7 +103,20 @@ def keys(cls: Any) -> tuple[Key, ...]:
 def _fields(cls: type) -> Iterator[tuple[str, Any, dataclasses.Field]]:
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        yield field.name, hints[field.name], field
+        hint = hints[field.name]
+        if _has_numbers(hint) != bool(field.metadata.get("within")):
+            raise TypeError(f"{cls.__name__}.{field.name}: a setting has a range, within=..., where it holds numbers")
+        yield field.name, hint, field
+
+
+def _has_numbers(hint: Any) -> bool:
+    return hint in (int, float) or any(_has_numbers(inside) for inside in typing.get_args(hint))
+
+
+def _contains(within: str, value: float) -> bool:
+    """Tells whether a range such as "[0, 1)" contains a number, which NaN is not."""
+    low, high = map(float, within[1:-1].split(","))
+    return low < value < high or (within[0] == "[" and value == low) or (within[-1] == "]" and value == high)
 
 
 def parse(values: Mapping[str, Any], cls: type[T]) -> T:
@@ -176,6 +205,7 @@ def describe(cls: type, values: Mapping[str, Any]) -> str:
         shown = f"{key.name} = {'(required)' if value is None and key.default is dataclasses.MISSING else repr(value)}"
         text.append(f"  {shown}")
         choices = f" One of {', '.join(typing.get_args(key.hint))}." if typing.get_origin(key.hint) is Literal else ""
+        choices += f" In {key.within}." if key.within else ""
         text += textwrap.wrap(key.meaning + choices, 100, initial_indent=" " * 8, subsequent_indent=" " * 8)
     return "\n".join(text)
 
@@ -195,7 +225,7 @@ def _build(cls: Any, values: Any, prefix: str) -> Any:
         if dataclasses.is_dataclass(hint):
             built[name] = _build(hint, given.get(name, {}), f"{prefix}{name}.")
         elif name in given and (given[name] is not None or _may_be_none(hint)):
-            built[name] = _check(hint, given[name], prefix + name)
+            built[name] = _check(hint, given[name], prefix + name, field.metadata)
         else:
             require(field.default is not dataclasses.MISSING, f"{prefix}{name} is missing")
     return cls(**built)
@@ -205,11 +235,11 @@ def _may_be_none(hint: Any) -> bool:
     return type(None) in typing.get_args(hint)
 
 
-def _check(hint: Any, value: Any, key: str) -> Any:
-    """Returns the value as the type hint wants it, or raises UserError."""
+def _check(hint: Any, value: Any, key: str, about: Mapping[str, Any]) -> Any:
+    """Returns the value as the type hint and the setting's metadata `about` want it, or raises UserError."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):  # of a type and None
-        return None if value is None else _check(args[0], value, key)
+        return None if value is None else _check(args[0], value, key, about)
     if origin is Literal:
         require(value in args, f"{key} must be one of {', '.join(args)}, got {value!r}")
         return value
@@ -219,12 +249,17 @@ def _check(hint: Any, value: Any, key: str) -> Any:
         if args[-1] is not Ellipsis:
             require(len(value) == len(args), f"{key} must have {len(args)} numbers, got {value!r}")
         require(all(not isinstance(v, tuple | list) for v in value), f"{key} must hold {kind} only, got {value!r}")
-        return tuple(_check(args[0], v, key) for v in value)
+        checked = tuple(_check(args[0], v, key, about) for v in value)
+        require(args != (float, float) or checked[0] <= checked[-1], f"{key} must be an increasing pair, got {checked}")
+        return checked
     accepted = (int, float) if hint is float else hint
     require(
         isinstance(value, accepted) and isinstance(value, bool) == (hint is bool),
         f"{key} must be {hint.__name__}, got {value!r}",
     )
+    within = about.get("within")
+    fits = within is None or _contains(within, value)
+    require(fits, f"{key} must be in {within}, got {value!r}: {about.get('meaning')}")
     return hint(value)
 
 

@@ -22,7 +22,7 @@ from cjepa_jax.train.loop import train
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pull:
-    strength: float = setting(0.5, "Weight of the distance between two views.")
+    strength: float = setting(0.5, "Weight of the distance between two views.", within="[0, 1]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

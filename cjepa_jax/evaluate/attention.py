@@ -18,7 +18,7 @@ from sklearn.decomposition import PCA
 
 from cjepa_jax import plots, pretrained
 from cjepa_jax.data import pipeline
-from cjepa_jax.errors import at_least, require
+from cjepa_jax.errors import require
 from cjepa_jax.evaluate.base import Evaluator, Rows
 from cjepa_jax.evaluate.features import encoder_for
 from cjepa_jax.evaluate.frozen import UNTRAINED, Frozen
@@ -39,8 +39,10 @@ class Shown(NamedTuple):
 class Attention(Evaluator):
     """Draws the last layer's attention and the main components of patch features."""
 
-    images: int = setting(8, "Images of the test split, evenly spread.")
-    query: tuple[int, ...] = setting((), "(row, column) of the patch that asks; () is the mean over all patches.")
+    images: int = setting(8, "Images of the test split, evenly spread.", within="[1, 1000]")
+    query: tuple[int, ...] = setting(
+        (), "(row, column) of the patch that asks; () is the mean over all patches.", within="[0, 8191]"
+    )
     other: str = setting("", "A second checkpoint to show beside the first; empty: none.")
 
     name: ClassVar[str] = "attention"
@@ -48,7 +50,6 @@ class Attention(Evaluator):
     numbers: ClassVar[tuple[str, ...]] = ("entropy of attention / log N",)
 
     def __post_init__(self):
-        at_least("attention", 1, images=self.images)
         require(len(self.query) in (0, 2), f"attention.query must be () or (row, column), got {self.query}")
 
     def run(self, frozen: Frozen, stem: epath.Path | None) -> Rows:

@@ -14,7 +14,7 @@ from etils import epath
 
 from cjepa_jax import plots
 from cjepa_jax.data import pipeline
-from cjepa_jax.errors import at_least, require
+from cjepa_jax.errors import require
 from cjepa_jax.evaluate.base import Evaluator, Rows
 from cjepa_jax.evaluate.frozen import Frozen
 from cjepa_jax.evaluate.sets import unit
@@ -34,16 +34,15 @@ ALARMS = {"rep/std": 0.5, "rep/rank": 0.5, "1 - rep/cosine": 0.25}
 class Collapse(Evaluator):
     """Computes statistics of central crops, and of random views of some of these images; labels play no part."""
 
-    images: int = setting(10_000, "Images of the training split, for std, rank, spectrum and uniformity.")
-    objects: int = setting(1000, "Images whose views LiDAR and alignment compare.")
-    views: int = setting(10, "Views of each.")
+    images: int = setting(
+        10_000, "Images of the training split, for std, rank, spectrum and uniformity.", within="[2, 1e9]"
+    )
+    objects: int = setting(1000, "Images whose views LiDAR and alignment compare.", within="[2, 1e6]")
+    views: int = setting(10, "Views of each.", within="[2, 1000]")
 
     name: ClassVar[str] = "collapse"
     needs_labels: ClassVar[bool] = False
     numbers: ClassVar[tuple[str, ...]] = ("std", "rank", "cosine", "alignment", "uniformity", "LiDAR")
-
-    def __post_init__(self):
-        at_least("collapse", 2, images=self.images, objects=self.objects, views=self.views)
 
     def check(self, frozen: Frozen) -> None:
         """Raises UserError where there are fewer training images than objects."""

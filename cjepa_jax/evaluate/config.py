@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from cjepa_jax import config
-from cjepa_jax.errors import at_least, require
+from cjepa_jax.errors import require
 from cjepa_jax.evaluate.accuracy import Accuracy
 from cjepa_jax.evaluate.attention import Attention
 from cjepa_jax.evaluate.base import Evaluator
@@ -14,7 +14,7 @@ from cjepa_jax.evaluate.davis import Davis
 from cjepa_jax.evaluate.knn import Knn
 from cjepa_jax.evaluate.linear import Linear
 from cjepa_jax.evaluate.logistic import Logistic
-from cjepa_jax.settings import group, setting
+from cjepa_jax.settings import group, parse_flat, setting
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,33 +26,38 @@ class Images:
     data_dir: str | None = setting(None, "Where the data set lies.")
     train_split: str | None = setting(None, "The images to learn from.")
     test_split: str | None = setting(None, "The images to judge by.")
-    image_size: int | None = setting(None, "Pixels a side; other ones than in training interpolate positions.")
-    crop_fraction: float | None = setting(None, "Side of the central crop over the short side of the image.")
+    image_size: int | None = setting(
+        None, "Pixels a side; other ones than in training interpolate positions.", within="[1, 8192]"
+    )
+    crop_fraction: float | None = setting(
+        None, "Side of the central crop over the short side of the image.", within="[0.01, 1]"
+    )
     decoder: Literal["fast", "pillow"] | None = setting(None, "As in training.")
-    batch_size: int = setting(256, "Images of a batch over all devices; rounded up to a multiple of them.")
-    threads: int = setting(0, "Decoding threads, 0: one a core.")
-    max_bad_fraction: float = setting(0.01, "Share of the images that may be unreadable and are left out.")
-
-    def __post_init__(self):
-        at_least("data", 1, batch_size=self.batch_size)
+    batch_size: int = setting(
+        256, "Images of a batch over all devices; rounded up to a multiple of them.", within="[1, 1048576]"
+    )
+    threads: int = setting(0, "Decoding threads, 0: one a core.", within="[0, 1024]")
+    max_bad_fraction: float = setting(
+        0.01, "Share of the images that may be unreadable and are left out.", within="[0, 1]"
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RandomViews:
     """How random views are drawn, for linear.augment and the collapse report; ImageNet's usual crops by default."""
 
-    crop_scale: tuple[float, float] = setting((0.08, 1.0), "Share of the image's area.")
-    crop_ratio: tuple[float, float] = setting((3 / 4, 4 / 3), "Aspect ratio, drawn in log space.")
-    flip: float = setting(0.5, "Probability of a horizontal flip.")
-    color: float = setting(0.0, "Strength of SimCLR's colour distortion.")
-    blur: float = setting(0.0, "Probability of SimCLR's Gaussian blur.")
+    crop_scale: tuple[float, float] = setting((0.08, 1.0), "Share of the image's area.", within="(0, 1]")
+    crop_ratio: tuple[float, float] = setting((3 / 4, 4 / 3), "Aspect ratio, drawn in log space.", within="[0.01, 100]")
+    flip: float = setting(0.5, "Probability of a horizontal flip.", within="[0, 1]")
+    color: float = setting(0.0, "Strength of SimCLR's colour distortion.", within="[0, 10]")
+    blur: float = setting(0.0, "Probability of SimCLR's Gaussian blur.", within="[0, 1]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """All settings of one evaluation; each group that is an `Evaluator` is one."""
 
-    seed: int = setting(0, "Root of all random draws.")
+    seed: int = setting(0, "Root of all random draws.", within="[0, 4294967295]")
     data: Images = group(Images, "The images; what is None is as in the checkpoint's config.json.")
     views: RandomViews = group(RandomViews, "How random views are drawn, for linear.augment and collapse.")
     knn: Knn = group(Knn, "Nearest neighbours by cosine, with all labels and with few.")
@@ -62,9 +67,6 @@ class Evaluation:
     collapse: Collapse = group(Collapse, "Statistics of the features, which need no labels.")
     attention: Attention = group(Attention, "Pictures of the last layer's attention and of main components.")
     davis: Davis = group(Davis, "Masks propagated through DAVIS-2017's videos.")
-
-    def __post_init__(self):
-        require(self.seed >= 0, f"seed must be at least 0, got {self.seed}")
 
     @property
     def evaluators(self) -> dict[str, Evaluator]:
@@ -89,17 +91,12 @@ def resolve(evaluation: Evaluation, saved: Mapping[str, Any]) -> tuple[config.Da
         return value
 
     names = ("source", "name", "data_dir", "train_split", "test_split", "image_size", "decoder")
-    views = dataclasses.asdict(evaluation.views)
-    if len(saved["data.mean"]) == 1:
-        views["color"] = 0.0
-    resolved = config.Data(
-        **{key: find(key) for key in names},
-        **views,
-        mean=tuple(saved["data.mean"]),
-        std=tuple(saved["data.std"]),
-        batch_size=max(2, data.batch_size),
-        threads=data.threads,
-        prefetch=1,
-        max_bad_fraction=data.max_bad_fraction,
-    )
-    return resolved, find("crop_fraction")
+    known = {key: find(key) for key in names} | dataclasses.asdict(evaluation.views)
+    known |= {key: saved.get(f"data.{key}") for key in ("mean", "std")}
+    known |= {"batch_size": max(2, data.batch_size), "threads": data.threads, "prefetch": 1}
+    known["max_bad_fraction"] = data.max_bad_fraction
+    if isinstance(known["mean"], list) and len(known["mean"]) == 1:  # of grey images
+        known["color"] = 0.0
+    resolved = parse_flat({f"data.{key}": value for key, value in known.items()}, config.Data, "data.")
+    share = parse_flat({"eval.crop_fraction": find("crop_fraction")}, config.Eval, "eval.")
+    return resolved, share.crop_fraction

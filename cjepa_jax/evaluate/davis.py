@@ -17,7 +17,7 @@ from PIL import Image
 
 from cjepa_jax import plots
 from cjepa_jax.data.decode import open_file, open_picture
-from cjepa_jax.errors import UserError, at_least, one_line, require
+from cjepa_jax.errors import UserError, one_line, require
 from cjepa_jax.evaluate import tracking
 from cjepa_jax.evaluate.base import Evaluator, Rows
 from cjepa_jax.evaluate.features import encoder_for
@@ -39,13 +39,10 @@ class Davis(Evaluator):
     """Propagates masks through DAVIS-2017's videos by the features of patches."""
 
     data_dir: str = setting("", "The folder that holds JPEGImages, Annotations and ImageSets.")
-    short_side: int = setting(480, "Pixels of the frames' short side as they are encoded.")
+    short_side: int = setting(480, "Pixels of the frames' short side as they are encoded.", within="[1, 8192]")
 
     name: ClassVar[str] = "davis"
     needs_labels: ClassVar[bool] = False
-
-    def __post_init__(self):
-        at_least("davis", 1, short_side=self.short_side)
 
     def check(self, frozen: Frozen) -> None:
         """Raises UserError for a folder that is not in DAVIS' layout."""

@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Array, Float, Int
 
-from cjepa_jax.errors import at_least, require
+from cjepa_jax.errors import require
 from cjepa_jax.evaluate.base import Evaluator, Rows, over_draws
 from cjepa_jax.evaluate.frozen import Frozen
 from cjepa_jax.evaluate.sets import Labelled, few, unit
@@ -26,17 +26,14 @@ from cjepa_jax.train import sharding
 class Knn(Evaluator):
     """Classifies test images by their nearest neighbours, with all labels and with few."""
 
-    neighbours: int = setting(20, "Number of neighbours, k.")
-    temperature: float = setting(0.07, "Of the weighted vote: exp(cosine / temperature); DINO's.")
-    shots: int = setting(10, "Labels of a class, where few are used; 0: they are not.")
-    draws: int = setting(5, "Draws of the few labels.")
+    neighbours: int = setting(20, "Number of neighbours, k.", within="[1, 1e6]")
+    temperature: float = setting(
+        0.07, "Of the weighted vote: exp(cosine / temperature); DINO's.", within="[0.001, 100]"
+    )
+    shots: int = setting(10, "Labels of a class, where few are used; 0: they are not.", within="[0, 1e6]")
+    draws: int = setting(5, "Draws of the few labels.", within="[1, 1000]")
 
     name: ClassVar[str] = "knn"
-
-    def __post_init__(self):
-        at_least("knn", 1, neighbours=self.neighbours, draws=self.draws)
-        at_least("knn", 0, shots=self.shots)
-        require(self.temperature > 0, f"knn.temperature must be positive, got {self.temperature}")
 
     def quick(self) -> "Knn":
         """Gives the same without the votes of few labels."""

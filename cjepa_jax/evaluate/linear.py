@@ -11,7 +11,7 @@ from etils import epath
 
 from cjepa_jax import pretrained
 from cjepa_jax.data import pipeline
-from cjepa_jax.errors import at_least, require
+from cjepa_jax.errors import require
 from cjepa_jax.evaluate import linear_grid
 from cjepa_jax.evaluate.base import Evaluator, Rows
 from cjepa_jax.evaluate.features import Extractor
@@ -31,17 +31,21 @@ class Linear(Evaluator):
     """
 
     layers: tuple[int, ...] = setting(
-        (1, 4), "Last blocks whose means are concatenated; each number is a representation to try."
+        (1, 4), "Last blocks whose means are concatenated; each number is a representation to try.", within="[1, 256]"
     )
     learning_rates: tuple[float, ...] = setting(
-        (0.003, 0.01, 0.03, 0.1, 0.3, 1.0), "The grid, trained at once: for 256 images, scaled with batch_size."
+        (0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
+        "The grid, trained at once: for 256 images, scaled with batch_size.",
+        within="[0, 1000]",
     )
-    weight_decays: tuple[float, ...] = setting((0.0, 5e-4, 5e-3), "The grid's other side.")
-    epochs: int = setting(28, "Length of the training.")
-    min_steps: int = setting(3000, "Where these epochs have fewer steps, they and decay_every are multiplied.")
-    decay_every: int = setting(8, "Epochs after which the learning rate is a tenth.")
-    batch_size: int = setting(256, "Images of a step.")
-    holdout: float = setting(0.1, "Share of the training images that choose the member of the grid.")
+    weight_decays: tuple[float, ...] = setting((0.0, 5e-4, 5e-3), "The grid's other side.", within="[0, 1000]")
+    epochs: int = setting(28, "Length of the training.", within="[1, 1e5]")
+    min_steps: int = setting(
+        3000, "Where these epochs have fewer steps, they and decay_every are multiplied.", within="[1, 1e9]"
+    )
+    decay_every: int = setting(8, "Epochs after which the learning rate is a tenth.", within="[1, 1e5]")
+    batch_size: int = setting(256, "Images of a step.", within="[2, 1048576]")
+    holdout: float = setting(0.1, "Share of the training images that choose the member of the grid.", within="(0, 1)")
     augment: bool = setting(
         False, "Features of new random views each epoch, instead of those of central crops, computed once."
     )
@@ -50,12 +54,8 @@ class Linear(Evaluator):
     numbers: ClassVar[tuple[str, ...]] = ("layers", "learning rate", "weight decay")
 
     def __post_init__(self):
-        at_least("linear", 1, epochs=self.epochs, min_steps=self.min_steps, decay_every=self.decay_every)
-        at_least("linear", 2, batch_size=self.batch_size)
-        at_least("linear", 1, **{f"layers[{i}]": x for i, x in enumerate(self.layers)})
         for key in ("layers", "learning_rates", "weight_decays"):
             require(len(getattr(self, key)) > 0, f"linear.{key} is empty")
-        require(0 < self.holdout < 1, f"linear.holdout must be in (0, 1), got {self.holdout}")
 
     @property
     def deepest(self) -> int:

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import optax
 from etils import epath
 
-from cjepa_jax.errors import at_least, require
 from cjepa_jax.evaluate.base import Evaluator, Rows, over_draws
 from cjepa_jax.evaluate.frozen import Frozen
 from cjepa_jax.evaluate.sets import Labelled, few, spread
@@ -23,15 +22,13 @@ from cjepa_jax.settings import setting
 class Logistic(Evaluator):
     """Fits a logistic regression on all labels and on few."""
 
-    fraction: float = setting(0.01, "Share of the labels, in equal shares of the classes, at least one each; 0: none.")
-    shots: tuple[int, ...] = setting((1, 5, 10), "Labels of a class.")
-    draws: int = setting(5, "Draws of the few labels.")
+    fraction: float = setting(
+        0.01, "Share of the labels, in equal shares of the classes, at least one each; 0: none.", within="[0, 1]"
+    )
+    shots: tuple[int, ...] = setting((1, 5, 10), "Labels of a class.", within="[1, 1e6]")
+    draws: int = setting(5, "Draws of the few labels.", within="[1, 1000]")
 
     name: ClassVar[str] = "logistic"
-
-    def __post_init__(self):
-        require(0 <= self.fraction <= 1, f"logistic.fraction must be in [0, 1], got {self.fraction}")
-        at_least("logistic", 1, draws=self.draws, **{f"shots[{i}]": x for i, x in enumerate(self.shots)})
 
     def quick(self) -> "Logistic":
         """Gives the same without the draws of few labels."""

@@ -17,11 +17,11 @@ from cjepa_jax.batch import Batch
 from cjepa_jax.config import Config, Ema, Eval, Model, Optim
 from cjepa_jax.data.augment import Augmentation
 from cjepa_jax.data.randaugment import RandAugment
-from cjepa_jax.errors import at_least, require
+from cjepa_jax.errors import require
 from cjepa_jax.methods.base import Method, Metrics, Outputs, Panels, Params, Transformer
 from cjepa_jax.methods.mixing import erase, mix
 from cjepa_jax.models.vit import Encoder, build_encoder, drop_path, normalise, parse_size, patchify
-from cjepa_jax.settings import group, setting
+from cjepa_jax.settings import group, required, setting
 
 _HEAD_STD = 2e-5  # MAE's
 
@@ -31,61 +31,53 @@ class TunedModel(Model):
     """What of the checkpoint is tuned, and how it is computed."""
 
     size: str = setting("", "Architecture; empty: that of the checkpoint.")
-    patch_size: int = setting(0, "Pixels a side of a patch; 0: as the checkpoint has it.")
+    patch_size: int = setting(0, "Pixels a side of a patch; 0: as the checkpoint has it.", within="[0, 1024]")
     encoder: Literal["target_encoder", "encoder", "random"] = setting(
         "target_encoder", "The encoder to start from; random is its architecture from scratch.", formerly="tower"
     )
     drop_path: float = setting(
-        0.0, "Probability that an image skips a branch of the last block; it rises linearly from 0 in the first block."
+        0.0,
+        "Probability that an image skips a branch of the last block; it rises linearly from 0 in the first block.",
+        within="[0, 1)",
     )
-
-    def __post_init__(self):
-        at_least("model", 0, patch_size=self.patch_size)
-        require(0 <= self.drop_path < 1, f"model.drop_path must be in [0, 1), got {self.drop_path}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Augment:
     """What is done to crops and labels, after the flip."""
 
-    randaugment: int = setting(0, "Operations drawn for each image; 0: none.")
-    probability: float = setting(0.5, "Probability that a drawn operation is done.")
-    magnitude: float = setting(9.0, "Of 10.")
-    magnitude_std: float = setting(0.5, "Standard deviation of the noise on it.")
-    erase: float = setting(0.0, "Probability that a random rectangle becomes noise.")
-    mixup: float = setting(0.0, "Alpha of the beta distribution of the shares of two images; 0: off.")
-    cutmix: float = setting(0.0, "The same for a rectangle of the other image; with mixup on, each has half.")
-    label_smoothing: float = setting(0.0, "Share of a label that all classes divide between them.")
-
-    def __post_init__(self):
-        fields = dataclasses.asdict(self)
-        at_least("augment", 0, **fields)
-        require(self.magnitude <= 10, f"augment.magnitude must be at most 10, got {self.magnitude}")
-        for key in ("probability", "erase", "label_smoothing"):
-            require(0 <= fields[key] <= 1, f"augment.{key} must be in [0, 1], got {fields[key]}")
+    randaugment: int = setting(0, "Operations drawn for each image; 0: none.", within="[0, 16]")
+    probability: float = setting(0.5, "Probability that a drawn operation is done.", within="[0, 1]")
+    magnitude: float = setting(9.0, "Of 10.", within="[0, 10]")
+    magnitude_std: float = setting(0.5, "Standard deviation of the noise on it.", within="[0, 10]")
+    erase: float = setting(0.0, "Probability that a random rectangle becomes noise.", within="[0, 1]")
+    mixup: float = setting(
+        0.0, "Alpha of the beta distribution of the shares of two images; 0: off.", within="[0, 100]"
+    )
+    cutmix: float = setting(
+        0.0, "The same for a rectangle of the other image; with mixup on, each has half.", within="[0, 100]"
+    )
+    label_smoothing: float = setting(0.0, "Share of a label that all classes divide between them.", within="[0, 1]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TunedOptim(Optim):
     """AdamW with smaller steps for layers nearer to the pixels."""
 
-    layer_decay: float = setting(1.0, "Factor on the learning rate from one layer to the one before; 1: none.")
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(0 < self.layer_decay <= 1, f"optim.layer_decay must be in (0, 1], got {self.layer_decay}")
+    layer_decay: float = setting(
+        1.0, "Factor on the learning rate from one layer to the one before; 1: none.", within="(0, 1]"
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TunedEval(Eval):
     """Accuracy on the test split, during training and at its end."""
 
+    every: int = required("Steps between evaluations.", within="[1, 1e9]")
     evaluators: tuple[str, ...] = setting(("accuracy",), "What is evaluated; see docs/evaluation.md.")
-    images: int = setting(0, "Images of each split, at most: a random sample, always the same; 0: all.")
-
-    def __post_init__(self):
-        super().__post_init__()
-        at_least("eval", 1, every=self.every)
+    images: int = setting(
+        0, "Images of each split, at most: a random sample, always the same; 0: all.", within="[0, 1e9]"
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

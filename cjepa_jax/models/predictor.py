@@ -15,12 +15,13 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 
 from cjepa_jax.config import Model
-from cjepa_jax.errors import at_least, require
+from cjepa_jax.errors import require
 from cjepa_jax.models.masking import Masks
 from cjepa_jax.models.vit import (
     Block,
     Layers,
     apply_blocks,
+    check_positions,
     kernel_init,
     layer_norm,
     parse_size,
@@ -33,11 +34,8 @@ from cjepa_jax.settings import setting
 class PredictorConfig:
     """The narrow ViT that predicts hidden blocks; it has the encoder's number of heads."""
 
-    width: int = setting(384, "Width of the predictor.")
-    depth: int = setting(6, "Number of its blocks; I-JEPA has 6 for S and B, 12 for L and H.")
-
-    def __post_init__(self):
-        at_least("predictor", 1, width=self.width, depth=self.depth)
+    width: int = setting(384, "Width of the predictor.", within="[4, 16384]")
+    depth: int = setting(6, "Number of its blocks; I-JEPA has 6 for S and B, 12 for L and H.", within="[1, 256]")
 
 
 class Predictor(nn.Module):
@@ -91,6 +89,7 @@ def build_predictor(
         predictor.width % size.heads == 0 and predictor.width % 4 == 0,
         f"predictor.width = {predictor.width} must be a multiple of 4 and of the encoder's {size.heads} heads",
     )
+    check_positions(predictor.width, grid)
     return Predictor(
         width=predictor.width,
         depth=predictor.depth,

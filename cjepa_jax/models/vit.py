@@ -21,6 +21,8 @@ from cjepa_jax.errors import UserError, nearest, require
 from cjepa_jax.models.attention import attend
 
 LAYER_NORM_EPS = 1e-6
+_LARGEST = 16384, 256, 1024, 64  # width, depth, heads and MLP ratio of a size
+_MOST_POSITIONS = 2**26  # numbers of the position embedding; of a ViT-g more than 40,000 patches
 
 
 class Size(NamedTuple):
@@ -57,7 +59,12 @@ def parse_size(size: str) -> Size:
         raise UserError(
             f"model.size = {size!r} is neither WIDTHxDEPTHxHEADS nor a known name: {nearest(size, SIZES)}"
         ) from None
-    require(min(parsed) > 0, f"model.size = {size!r}: every number must be positive")
+    require(
+        all(0 < number <= most for number, most in zip(parsed, _LARGEST, strict=True)),
+        f"model.size = {size!r}: every number must be positive, and WIDTHxDEPTHxHEADSxMLP_RATIO at most "
+        f"{'x'.join(map(str, _LARGEST))}",
+    )
+    require(round(parsed.width * parsed.mlp_ratio) > 0, f"model.size = {size!r}: the MLP has no width")
     require(parsed.width % 4 == 0, f"model.size = {size!r}: the width must be a multiple of 4 (2-D sin-cos positions)")
     require(parsed.width % parsed.heads == 0, f"model.size = {size!r}: the heads must divide the width")
     return parsed
@@ -72,6 +79,14 @@ def kernel_init(init: Literal["normal", "fan_in"]) -> nn.initializers.Initialize
     if init == "normal":
         return nn.initializers.normal(0.02)
     return nn.initializers.variance_scaling(0.02**2 * 768, "fan_in", "normal")
+
+
+def check_positions(width: int, grid: int) -> None:
+    """Raises UserError where the position embedding of grid x grid patches would need too much memory."""
+    require(
+        grid**2 * width <= _MOST_POSITIONS,
+        f"{grid}x{grid} patches are too many for a width of {width}: lower data.image_size or raise model.patch_size",
+    )
 
 
 def sincos_positions(width: int, grid: int) -> Float[np.ndarray, "N width"]:
@@ -311,6 +326,10 @@ class Encoder(nn.Module):
 def build_encoder(
     model: Model, *, grid: int, gather: Callable[[Any], Any] | None = None, trained_grid: int | None = None
 ) -> Encoder:
-    """Builds the encoder that a config describes; `trained_grid` is its grid in training, where that was another."""
-    layers = Layers(model.layers == "scanned", model.remat, gather)
-    return Encoder(parse_size(model.size), grid, model.init, jnp.dtype(model.dtype), layers, trained_grid)
+    """Builds the encoder that a config describes; `trained_grid` is its grid in training, where that was another.
+
+    Raises UserError for a size that does not exist, or too many patches.
+    """
+    size, layers = parse_size(model.size), Layers(model.layers == "scanned", model.remat, gather)
+    check_positions(size.width, max(grid, trained_grid or grid))
+    return Encoder(size, grid, model.init, jnp.dtype(model.dtype), layers, trained_grid)

@@ -93,6 +93,7 @@ def set_up(config: Config, workdir: epath.Path, init: epath.Path | None) -> Trai
 def _count_steps(config: Config, *, images: int) -> int:
     steps = round(config.optim.epochs * images / config.data.batch_size)
     require(steps >= 1, f"optim.epochs = {config.optim.epochs} of {images} images are less than one batch")
+    require(steps < 2**31, f"optim.epochs = {config.optim.epochs} of {images} images are {steps} steps; lower it")
     return steps
 
 

@@ -1,10 +1,12 @@
 """What the commands share: settings from a file and the command line, exit codes, and one line for a mistake."""
 
+import errno
 import importlib.util
 import os
 import pathlib
 import re
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +18,8 @@ from cjepa_jax.errors import UserError, nearest, one_line, require
 
 _CONFIG = flags.DEFINE_string("config", None, "The experiment, e.g. configs/digits.py.")
 _OVERRIDE = re.compile(r"--?(no)?config\.([\w.]+)(=.*)?", re.DOTALL)
+# What is wrong with a path of the user's, wherever that is found out.
+_MENDABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 _overrides: list[str] = []  # --config.GROUP.KEY=VALUE, as given
 
 
@@ -29,11 +33,11 @@ def read_config(find_class: Callable[[Mapping[str, Any]], type], *, default: str
     require(file is not None, "--config is missing, e.g. --config=configs/digits.py")
     path = pathlib.Path(str(file))
     known = ", ".join(map(str, sorted(pathlib.Path("configs").glob("*.py"))))
-    require(path.is_file(), f"--config {path} does not exist; known: {known}")
+    require(_is_file(path), f"--config {str(path)[:300]!r} does not exist; known: {known}")
     values = _load(path)
     for override in _overrides:  # a method may be chosen on the command line
-        if override.startswith("--config.method="):
-            values["method"] = override.partition("=")[2]
+        if found := re.fullmatch("--?config.method=(.*)", override, re.DOTALL):
+            values["method"] = found[1]
     cls = find_class(values)
     _override(values, cls)
     parsed: Any = settings.parse(values, cls)
@@ -43,20 +47,40 @@ def read_config(find_class: Callable[[Mapping[str, Any]], type], *, default: str
     return path.stem, parsed
 
 
+def _is_file(path: pathlib.Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or holds what no name may
+        return False
+
+
 def _load(path: pathlib.Path) -> dict[str, Any]:
-    """Calls the get_config() of a Python file; other configs can be imported there as `from configs import ...`."""
-    folder = str(path.resolve().parents[1])
+    """Calls the get_config() of a Python file; other configs can be imported there as `from configs import ...`.
+
+    Raises UserError for a file that cannot be run, or gives no settings.
+    """
+    require(path.suffix == ".py", f"--config {path} is no Python file: its name must end in .py")
+    folder = str(path.resolve().parent.parent)
     sys.path.insert(0, folder)
     try:
         spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
         assert spec and spec.loader
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        require(hasattr(module, "get_config"), f"--config {path} has no function get_config()")
+        config = module.get_config()
+        values = config.to_dict() if isinstance(config, ConfigDict) else config
+    except UserError:
+        raise
+    except Exception as error:  # whatever a file of the user's may raise
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
+        where = f", line {line}" if line else ""
+        raise UserError(f"--config {path}{where}: {type(error).__name__}: {one_line(error)[:300]}") from None
     finally:
         sys.path.remove(folder)
-    require(hasattr(module, "get_config"), f"--config {path} has no function get_config()")
-    config = module.get_config()
-    return dict(config.to_dict() if isinstance(config, ConfigDict) else config)
+    require(isinstance(values, Mapping), f"--config {path}: get_config() gave {type(values).__name__}, not settings")
+    return dict(values)
 
 
 def _override(values: dict[str, Any], cls: type) -> None:
@@ -82,8 +106,8 @@ def _override(values: dict[str, Any], cls: type) -> None:
     config_flags.DEFINE_config_dict("config", overridden, flag_values=found, sys_argv=["", *arguments])
     try:
         found(["", *arguments])
-    except (flags.Error, ValueError, TypeError) as error:
-        raise UserError(one_line(error)) from None
+    except (flags.Error, ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+        raise UserError(one_line(error)[:500]) from None
     for name, value in overridden.to_dict().items():
         merged = isinstance(value, dict) and isinstance(values.get(name), Mapping)
         values[name] = {**values[name], **value} if merged else value
@@ -110,7 +134,10 @@ class TrainingFlags:
         workdir = self._workdir.value
         if workdir is None:
             workdir = f"runs/{name}"
-            pathlib.Path("runs").mkdir(exist_ok=True)
+            try:
+                pathlib.Path("runs").mkdir(exist_ok=True)
+            except OSError as error:
+                raise UserError(f"the folder runs cannot be made here ({error.strerror}): give --workdir=DIR") from None
         require(bool(workdir), "--workdir is empty")
         return workdir
 
@@ -126,8 +153,10 @@ def run(body: Callable[[], None], doc: str) -> None:
         logging.set_verbosity("error")  # TFDS' and Orbax' chatter
         _parse_flags(sys.argv, doc)
         body()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _MENDABLE:
+            raise
+        print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
 
 

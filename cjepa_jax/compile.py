@@ -24,9 +24,11 @@ import os
 import pathlib
 
 from absl import flags
+from etils import epath
 
 from cjepa_jax import command
-from cjepa_jax.errors import require
+from cjepa_jax.errors import UserError, require
+from cjepa_jax.files import check_writable
 from cjepa_jax.tpu import chips, cost
 
 _TOPOLOGY = flags.DEFINE_string("topology", "", "The TPU slice, e.g. v5e:8x8.")
@@ -64,6 +66,14 @@ def _run() -> None:
     if config.model.dtype == "float32":  # as train does
         jax.config.update("jax_default_matmul_precision", "highest")
 
+    file = f"{name}-{topology.replace(':', '-')}{'-layer' if _LAYER.value else ''}.json"
+    output = pathlib.Path(_OUTPUT.value or f"runs/compile/{file}")
+    try:  # before minutes of compiling
+        output.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(epath.Path(output), "--output")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--output={output} cannot be written ({error}); name another place") from None
+
     head = {"config": name, "topology": topology, "chips": count, "images_per_chip": batch // count}
     head |= {"method": cost.METHOD, "clock_calibrated": topology[:3] not in chips.CLOCK_NOT_CALIBRATED}
     head |= {f"{name}_version": importlib.metadata.version(name) for name in ("jax", "libtpu")}
@@ -74,9 +84,6 @@ def _run() -> None:
     else:
         report = head | compiling.compile_step(config, topology, images=_IMAGES.value, classes=_CLASSES.value)
         table = f"{cost.format_step(report, chip)}\n{cost.not_costed(report)}"
-    file = f"{name}-{topology.replace(':', '-')}{'-layer' if _LAYER.value else ''}.json"
-    output = pathlib.Path(_OUTPUT.value or f"runs/compile/{file}")
-    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(report, indent=1) + "\n")
     print(f"{name} on {topology}, {config.model.size}/{config.model.patch_size}\n{table}\n\n{cost.METHOD}")
     if not report["clock_calibrated"]:

@@ -1,15 +1,19 @@
-"""Handles paths on disk and on gs://, and writes files that appear whole."""
+"""Handles paths on disk and on gs://, reads files that others wrote, and writes files that appear whole."""
 
 import importlib.util
+import json
 import os
+import tempfile
+from typing import Any
 
 from etils import epath
 
-from cjepa_jax.errors import require
+from cjepa_jax.errors import UserError, one_line, require
 
 # The packages that read and write files, folders and TensorBoard's events on gs://.
 GCS_INSTALL = "pip install gcsfs==2026.10.1 google-cloud-storage==3.17.1"
 TEMPORARY = ".tmp"  # ends the name of a file until it is complete
+_LARGEST_JSON = 2**26  # bytes of a file; our own have some thousand
 
 
 def is_remote(path: epath.Path) -> bool:
@@ -37,6 +41,37 @@ def _is_installed(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # a package above it is missing
         return False
+
+
+def check_writable(path: epath.Path, key: str) -> None:
+    """Raises UserError where nothing can be written to `path`, a folder, or to a new name in a folder that exists.
+
+    `key` names the setting. A file without a name is made there to see, and is gone at once.
+    """
+    if is_remote(path):
+        return
+    try:
+        with tempfile.TemporaryFile(dir=path if path.is_dir() else path.parent):
+            path.exists()  # whether the name may be that long
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{key} {str(path)[:300]!r} cannot be written ({reason}); name another place") from None
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """Reads a file that holds a JSON object. Raises UserError for one that is missing, damaged or far too large.
+
+    A pipe or a device, which could be read without end, counts as missing.
+    """
+    require(path.is_file(), f"{path} is missing, or no file")
+    size = path.stat().length
+    require(size <= _LARGEST_JSON, f"{path} is damaged: {size} bytes are too many for it")
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, RecursionError, OSError) as error:
+        raise UserError(f"{path} is damaged ({one_line(error)})") from None
+    require(isinstance(content, dict), f"{path} is damaged: no settings by name")
+    return dict(content)
 
 
 def write_whole(path: epath.Path, content: str | bytes) -> None:

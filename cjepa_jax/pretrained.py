@@ -2,6 +2,9 @@
 
 import contextlib
 import json
+import math
+import pathlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,9 +13,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from cjepa_jax.config import Model
+from cjepa_jax.config import Data, Model
 from cjepa_jax.errors import UserError, one_line, require
-from cjepa_jax.files import absolute, write_whole
+from cjepa_jax.files import absolute, is_remote, read_json, write_whole
 from cjepa_jax.models.masking import Masks
 from cjepa_jax.models.predictor import PredictorConfig, build_predictor
 from cjepa_jax.models.vit import build_encoder
@@ -56,27 +59,46 @@ def load(path: epath.Path, names: Sequence[str]) -> Pretrained:
     workdir, state = _find(path)
     file = workdir / "config.json"
     config = _read_config(file)
-    for key in _ESSENTIAL:  # they were always there, so no default stands for what was meant
-        require(key in config, f"{file} is damaged: {key} is missing")
+    networks = outline(config, f"{file} is damaged")
+    classes, epoch = config.get("classes", []), config.get("epoch", 0)
+    are_names = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    require(are_names, f"{file} is damaged: classes must be a list of names")
+    require(type(epoch) is int and epoch >= 0, f"{file} is damaged: epoch must be a number of epochs")
     with _reading(state):
         tree = _metadata(state)
         places = {name: _place(tree, name, state) for name in names}
         item = _nest(tree["step"], {place: _part(tree, place) for place in places.values()})
         item = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), item)
+        _check_size(item, state)
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
         arguments = ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True)
         restored = ocp.PyTreeCheckpointer().restore(state, args=arguments)
-    return Pretrained(
-        model=parse_flat(config, Model, "model."),
-        predictor=parse_flat(config, PredictorConfig, "predictor.") if "predictor.width" in config else None,
-        image_size=config["data.image_size"],
-        mean=tuple(config["data.mean"]),
-        std=tuple(config["data.std"]),
-        step=int(restored["step"]),
-        params={name: _part(restored, place) for name, place in places.items()},
-        classes=tuple(config.get("classes", ())),
-        epoch=config.get("epoch", 0),
-    )
+    params = {name: _part(restored, place) for name, place in places.items()}
+    step = np.asarray(restored["step"])
+    require(step.shape == () and step.dtype.kind == "i", f"checkpoint {state.parent} is damaged: its step is no number")
+    return networks._replace(step=int(step), params=params, classes=tuple(classes), epoch=epoch)
+
+
+def outline(config: Mapping[str, Any], what: str) -> Pretrained:
+    """Describes networks by flat settings, such as config.json has them; the result has no parameters yet.
+
+    Raises UserError, which begins with `what`, where a setting is missing or out of its range.
+    """
+    for key in _ESSENTIAL:  # they were always there, so no default stands for what was meant
+        require(config.get(key) is not None, f"{what}: {key} is missing")
+    images = {key: config[key] for key in _ESSENTIAL if key.startswith("data.")}
+    try:
+        data = parse_flat({"data.source": "folder"} | images, Data, "data.")
+        model = parse_flat(config, Model, "model.")
+        predictor = parse_flat(config, PredictorConfig, "predictor.") if "predictor.width" in config else None
+        grid = data.image_size // model.patch_size
+        require(grid > 0, f"model.patch_size = {model.patch_size} is more than data.image_size = {data.image_size}")
+        build_encoder(model, grid=grid)
+        if predictor:
+            build_predictor(predictor, model, grid=grid)
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from None
+    return Pretrained(model, predictor, data.image_size, data.mean, data.std, 0, {})
 
 
 def available(path: epath.Path) -> tuple[str, ...]:
@@ -158,19 +180,26 @@ def _find(path: epath.Path) -> tuple[epath.Path, epath.Path]:
     if (path / "state").is_dir():
         return path.parent.parent, path / "state"
     folder = path / "checkpoints"
-    steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
+    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    steps = [int(name) for name in names if re.fullmatch("[0-9]{1,18}", name)]
     require(bool(steps), f"--checkpoint {path} holds no checkpoint; wanted: a workdir, or WORKDIR/checkpoints/STEP")
     return path, folder / str(max(steps)) / "state"
 
 
 def _read_config(file: epath.Path) -> dict[str, Any]:
     require(file.is_file(), f"{file} is missing; a checkpoint's networks are described there")
-    try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"{file} is damaged ({one_line(error)})") from None
-    require(isinstance(config, dict), f"{file} is damaged: no settings by name")
-    return dict(config)
+    return read_json(file)
+
+
+def _check_size(item: Any, state: epath.Path) -> None:
+    """Raises UserError where arrays claim far more than their files can hold; parameters hardly compress."""
+    if not is_remote(state):
+        claimed = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(item))
+        held = sum(file.stat().st_size for file in pathlib.Path(state).rglob("*") if file.is_file())
+        require(
+            claimed <= 100 * held + 2**26,
+            f"checkpoint {state.parent} is damaged: {claimed} bytes of arrays cannot come from files of {held}",
+        )
 
 
 def _nest(step: Any, parts: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:

@@ -217,7 +217,7 @@ def _build(cls: Any, values: Any, prefix: str) -> Any:
     given: dict[str, Any] = {}
     for key, value in values.items():
         name = renamed.get(key, key) if key not in fields else key
-        require(name in fields, f"unknown key {prefix}{key}: {nearest(key, fields)}")
+        require(name in fields, f"unknown key {prefix}{key}: {nearest(str(key), fields)}")
         both = isinstance(value, Mapping) and isinstance(given.get(name), Mapping)  # by its old name and its new one
         given[name] = {**given[name], **value} if both else value
     built = {}

@@ -52,6 +52,7 @@ def _run() -> None:
     from cjepa_jax.evaluate import report
     from cjepa_jax.evaluate.config import Evaluation, resolve
     from cjepa_jax.evaluate.frozen import from_checkpoint
+    from cjepa_jax.files import check_writable
     from cjepa_jax.settings import flatten
 
     default = str(epath.resource_path("cjepa_jax").parent / "configs" / "evaluate.py")
@@ -83,6 +84,11 @@ def _run() -> None:
     assert frozen.origin
     name = _NAME.value or f"step{frozen.origin.networks.step}_{encoder}"
     stem = workdir / "evaluation" / name
+    require(stem.parent.name == "evaluation", f"--name={name!r} must be a name without folders")
+    require(not stem.parent.exists() or stem.parent.is_dir(), f"{stem.parent} is no folder: move it away")
+    check_writable(workdir, "--checkpoint")
+    stem.parent.mkdir(exist_ok=True)
+    check_writable(stem, "--name")
     about = {"checkpoint": str(workdir), "step": frozen.origin.networks.step, "encoder": encoder}
     files = {one: stem.with_name(f"{name}.{one}.json") for one in wanted}
     descriptions = {one: report.describe(frozen, flatten(settings), method=one, **about) for one in wanted}
@@ -91,7 +97,6 @@ def _run() -> None:
         if known[one].needs_labels and one != "accuracy":
             frozen.check_labels()
         known[one].check(frozen)
-    stem.parent.mkdir(exist_ok=True)
     for one in wanted:
         start = time.perf_counter()
         rows = known[one].run(frozen, stem)

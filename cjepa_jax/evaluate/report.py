@@ -11,10 +11,10 @@ from typing import Any
 import jax
 from etils import epath
 
-from cjepa_jax.errors import require
+from cjepa_jax.errors import UserError, require
 from cjepa_jax.evaluate.base import Evaluator, Rows
 from cjepa_jax.evaluate.frozen import Frozen
-from cjepa_jax.files import write_whole
+from cjepa_jax.files import read_json, write_whole
 
 _PACKAGES = ("jax", "flax", "optax", "numpy", "scikit-learn", "simplejpeg", "opencv-python-headless", "pillow")
 
@@ -37,8 +37,8 @@ def check(path: epath.Path, description: Mapping[str, Any]) -> None:
     if not path.exists():
         return
     try:
-        old = json.loads(path.read_text())
-    except ValueError:
+        old = read_json(path)
+    except UserError:
         old = {}
     changed = sorted(key for key, value in description.items() if old.get(key) != value)
     require(

@@ -1,6 +1,5 @@
 """Writes the model card: what the checkpoint is, and the numbers that its own run measured."""
 
-import json
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -8,10 +7,13 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from cjepa_jax.errors import UserError, one_line
+from cjepa_jax.config import Eval
+from cjepa_jax.errors import UserError
+from cjepa_jax.files import read_json
 from cjepa_jax.methods import METHODS, find_method
 from cjepa_jax.models.vit import parse_size
 from cjepa_jax.pretrained import Pretrained
+from cjepa_jax.settings import parse_flat
 from cjepa_jax.train import writer
 
 _SETTINGS = (
@@ -35,7 +37,7 @@ class Run(NamedTuple):
     @property
     def crop_fraction(self) -> float:
         """Returns the side of the central crop that is evaluated, over the short side of the image."""
-        return float(self.config.get("eval.crop_fraction", 0.875))
+        return parse_flat({"eval.crop_fraction": self.config.get("eval.crop_fraction")}, Eval, "eval.").crop_fraction
 
 
 def read_run(workdir: epath.Path, *, step: int, encoder: str) -> Run:
@@ -46,15 +48,16 @@ def read_run(workdir: epath.Path, *, step: int, encoder: str) -> Run:
         if line["step"] <= step:
             last = (last if line["step"] == last.get("step") else {}) | line
     path = workdir / "evaluation.json"
-    try:
-        config = json.loads((workdir / "config.json").read_text())
-        evaluation = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
-        raise UserError(f"a JSON file in {workdir} is damaged ({one_line(error)})") from None
+    config = read_json(workdir / "config.json")
+    evaluation = read_json(path) if path.exists() else {}
     # evaluation.json is written at the end of a run, about the target encoder where the method has one.
     has_target = "target_encoder" in find_method(config).averaged
     its_own = (encoder == "target_encoder") == has_target and (not lines or lines[-1]["step"] <= step)
-    return Run(workdir.name, encoder, config, last, _tables(evaluation) if its_own else {})
+    try:
+        tables = _tables(evaluation) if its_own else {}
+    except (AttributeError, TypeError, RecursionError):
+        raise UserError(f"{path} is damaged: it holds no tables of numbers") from None
+    return Run(workdir.name, encoder, config, last, tables)
 
 
 def _tables(evaluation: Mapping[str, Any]) -> dict[str, Table]:

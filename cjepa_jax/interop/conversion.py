@@ -10,6 +10,7 @@ from etils import epath
 
 from cjepa_jax import pretrained
 from cjepa_jax.errors import require
+from cjepa_jax.files import check_writable
 from cjepa_jax.interop import card, formats, tensors, timm
 
 # Everything that a folder written here may hold; --force deletes no folder that holds anything else.
@@ -68,7 +69,10 @@ def _choose(networks: Sequence[str], kind: str, encoder: str | None) -> list[str
 
 def _check_output(source: epath.Path, output: pathlib.Path, kind: str, force: bool) -> None:
     """Raises UserError for an output that cannot be written, or that would replace what must stay."""
+    require("\0" not in str(output), "--output holds a character that no path may hold")
+    require(bool(output.name), f"--output {output} names no new folder or file")
     require(output.resolve().parent.is_dir(), f"--output {output}: {output.parent} does not exist; make it first")
+    check_writable(epath.Path(output), "--output")
     require(
         kind != "timm" or output.suffix == ".safetensors",
         f"--output {output} must end in .safetensors: timm knows its files by that",

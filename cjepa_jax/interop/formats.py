@@ -32,6 +32,7 @@ def open_source(path: epath.Path, options: ImportOptions) -> OpenedCheckpoint:
             f"--input {path} is no checkpoint: neither a workdir, nor WORKDIR/checkpoints/STEP, nor a folder of "
             "transformers with config.json and *.safetensors"
         )
+    require(path.is_file(), f"--input {path} is neither a file nor a folder")
     with path.open("rb") as file:
         start = file.read(9)
     if start.startswith((b"PK\3\4", b"\x80")):

@@ -19,26 +19,27 @@ def open_file(path: epath.Path, options: ImportOptions) -> OpenedCheckpoint:
     """Opens a .pth.tar file. Raises UserError for a file with code in it, a damaged one, and one of another kind."""
     content = _load_pickle(path)
     networks = {
-        network: {name.removeprefix("module."): x for name, x in content[network].items()}
+        network: {str(name).removeprefix("module."): x for name, x in content[network].items()}
         for network in ("encoder", "predictor", "target_encoder")
         if isinstance(content, dict) and isinstance(content.get(network), dict)
     }
     require(
         any(network in networks for network in ENCODERS),
         f"--input {path} is no checkpoint of I-JEPA: it has neither encoder nor target_encoder, but "
-        f"{', '.join(map(str, content)) if isinstance(content, dict) else type(content).__name__}",
+        f"{', '.join(map(str, content))[:300] if isinstance(content, dict) else type(content).__name__}",
     )
-    kinds = {
-        f"{network}: {name}": str(getattr(x, "dtype", type(x).__name__)).removeprefix("torch.")
-        for network, tensors in networks.items()
-        for name, x in tensors.items()
-    }
+    kinds = {f"{network}: {name}": _kind(x) for network, tensors in networks.items() for name, x in tensors.items()}
     check_float32(path, kinds, "float32")
+    epoch = content.get("epoch", 0)
+    require(type(epoch) is int and epoch >= 0, f"--input {path} is damaged: its epoch is no number")
+    for network, tensors in networks.items():  # a tensor may repeat few numbers without end
+        claimed, held = 4 * sum(x.numel() for x in tensors.values()), path.stat().length
+        require(claimed <= held, f"--input {path} is damaged: its {network} claims {claimed} bytes of a file of {held}")
 
     def load(wanted: Sequence[str]) -> Pretrained:
-        tensors = {network: {name: x.numpy() for name, x in networks[network].items()} for network in wanted}
+        tensors = {network: {name: x.detach().numpy() for name, x in networks[network].items()} for network in wanted}
         loaded = assemble(f"--input {path}", tensors, {network: _names(network) for network in wanted}, options)
-        return loaded._replace(epoch=int(content.get("epoch", 0)))
+        return loaded._replace(epoch=epoch)
 
     return OpenedCheckpoint("ijepa", tuple(networks), load)
 
@@ -60,8 +61,16 @@ def _load_pickle(path: epath.Path) -> Any:
             f"--input {path} is refused: it holds more than tensors and plain values, and a pickle may run code "
             f"({one_line(reason or error)[:200]})"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # a damaged file makes PyTorch raise almost anything
         raise UserError(f"--input {path} cannot be read by PyTorch: {one_line(error)[:300]}") from None
+
+
+def _kind(x: Any) -> str:
+    """Returns the type of a tensor's numbers, or what else it is that cannot be converted."""
+    if not isinstance(x, _torch().Tensor):
+        return type(x).__name__
+    plain = str(x.layout) == "torch.strided" and x.device.type == "cpu" and not x.is_neg()
+    return str(x.dtype).removeprefix("torch.") if plain else f"{x.layout} on {x.device}"
 
 
 def _torch() -> Any:

@@ -23,13 +23,14 @@ def read(path: epath.Path, files: Sequence[epath.Path]) -> tuple[dict[str, np.nd
     tensors: dict[str, np.ndarray] = {}
     metadata: dict[str, str] = {}
     for file in files:
+        require(file.is_file(), f"{file} is no file")
         try:
             with safetensors.safe_open(file, framework="np") as content:
                 names = list(content.keys())
                 check_float32(path, {name: content.get_slice(name).get_dtype() for name in names}, "F32")
                 tensors |= {name: content.get_tensor(name) for name in names}
                 metadata = content.metadata() or {}
-        except safetensors.SafetensorError as error:
+        except (safetensors.SafetensorError, ValueError, OverflowError, OSError) as error:
             raise UserError(f"{file} is damaged ({one_line(error)})") from None
     return tensors, metadata
 
@@ -55,6 +56,8 @@ def open_tensors(
     `names` says how the format names the parameters of "target_encoder" and of "head".
     """
     prefix = f"{names['head'].modules['']}."
+    are_names = isinstance(classes, list | tuple) and all(isinstance(name, str) for name in classes)
+    require(are_names, f"--input {path}: its names of classes must be a list of names")
     split: dict[str, dict[str, np.ndarray]] = {"target_encoder": {}, "head": {}}
     for name, x in tensors.items():
         split["head" if name.startswith(prefix) else "target_encoder"][name] = x
@@ -71,6 +74,9 @@ def merge_options(path: epath.Path, options: ImportOptions, known: Mapping[str, 
     """Merges what the flags say with `known`, what the file says. Raises UserError where the two differ."""
     known = {key: tuple(value) if isinstance(value, list) else value for key, value in known.items()}
     for key, value in known.items():
+        numbers = (value,) if key == "num_heads" else value
+        are_numbers = isinstance(numbers, tuple) and all(type(x) in (int, float) for x in numbers)
+        require(are_numbers, f"--input {path} is damaged: it says {key} = {str(value)[:100]}")
         said = getattr(options, key)
         flag = key.replace("_", "-")
         require(said in (None, value), f"--{flag} = {said}, but --input {path} says {value}: leave the flag out")

@@ -4,6 +4,7 @@ The names and shapes of a file's tensors are checked before any tensor is used. 
 are read off the tensors; `ImportOptions` says what the tensors do not.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,10 +15,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float
 
 from cjepa_jax import pretrained
-from cjepa_jax.config import Model
 from cjepa_jax.errors import UserError, require
 from cjepa_jax.interop.torch_names import Names, from_torch, tensor_names, to_torch
-from cjepa_jax.models.predictor import PredictorConfig
 from cjepa_jax.models.vit import SIZES, sincos_positions
 from cjepa_jax.pretrained import ENCODERS, Pretrained
 
@@ -54,10 +53,11 @@ def assemble(
     positions other than the fixed sin-cos ones.
     """
     first = next(network for network in ENCODERS if network in tensors)
-    networks = _describe(file, tensors[first], names[first], options)
+    settings = _describe(file, tensors[first], names[first], options)
     if "predictor" in tensors:
-        width, depth, _ = _outline(f"{file}: predictor", tensors["predictor"], names["predictor"])
-        networks = networks._replace(predictor=PredictorConfig(width=width, depth=depth))
+        width, depth, _, _ = _outline(f"{file}: predictor", tensors["predictor"], names["predictor"])
+        settings |= {"predictor.width": width, "predictor.depth": depth}
+    networks = pretrained.outline(settings, file)
     classes = len(tensors["head"].get(tensor_names("bias", names["head"])[0], ())) if "head" in tensors else 0
     shapes = pretrained.shapes(networks, classes=classes)
     templates = {
@@ -68,8 +68,11 @@ def assemble(
         wanted = to_tensors(templates[network], names[network], networks)
         has, wants = ({name: x.shape for name, x in some.items()} for some in (found, wanted))
         wrong += [f"{network}: {problem}" for problem in pretrained.mismatches(has, wants)]
-    require(not wrong, f"{file} does not hold what it should: {'; '.join(wrong)}")
+    more = f", and {len(wrong) - 20} more" if len(wrong) > 20 else ""
+    require(not wrong, f"{file} does not hold what it should: {'; '.join(wrong[:20])}{more}")
     for network, found in tensors.items():
+        for name, x in found.items():
+            require(bool(np.isfinite(x).all()), f"{file}: {network}: {name} holds numbers that are not finite")
         for name, ours in positions(templates[network], names[network], networks).items():
             difference = float(np.abs(found[name] - ours).max())
             require(
@@ -113,36 +116,38 @@ def positions(params: Any, names: Names, networks: Pretrained) -> dict[str, Floa
     return {names.positions: sincos_positions(params["embed"]["bias"].size, grid)[None]}
 
 
-def _describe(file: str, tensors: Tensors, names: Names, options: ImportOptions) -> Pretrained:
-    """Reads the encoder's settings off the shapes of its tensors; the result has no parameters yet."""
-    width, depth, hidden = _outline(file, tensors, names)
+def _describe(file: str, tensors: Tensors, names: Names, options: ImportOptions) -> dict[str, Any]:
+    """Reads the encoder's flat settings off the shapes of its tensors."""
+    width, depth, hidden, grid = _outline(file, tensors, names)
     channels, patch = _shape(file, tensors, tensor_names("embed/kernel", names)[0], 4)[1:3]
-    patches = _shape(file, tensors, names.positions, 3)[1]
-    grid = round(patches**0.5)
-    require(grid**2 == patches, f"{file}: {names.positions} has {patches} positions, which are no square")
     size = _size(file, width, depth, hidden, options.num_heads)
-    model = Model(size=size, patch_size=patch, init="normal", dtype="float32", layers="unrolled", remat="none")
     mean, std = options.mean or IMAGENET_MEAN, options.std or IMAGENET_STD
     require(
         len(mean) == len(std) == channels,
         f"{file}: images have {channels} channels; give --mean and --std with as many numbers",
     )
-    return Pretrained(model, None, grid * patch, mean, std, 0, {})
+    settings: dict[str, Any] = {"data.image_size": grid * patch, "data.mean": mean, "data.std": std}
+    return settings | {"model.size": size, "model.patch_size": patch, "model.init": "normal", "model.dtype": "float32"}
 
 
-def _outline(file: str, tensors: Tensors, names: Names) -> tuple[int, int, int]:
-    """Reads the width, the depth and the MLP's width of an encoder or a predictor off its tensors."""
+def _outline(file: str, tensors: Tensors, names: Names) -> tuple[int, int, int, int]:
+    """Reads the width, the depth, the MLP's width and the grid of an encoder or a predictor off its tensors."""
     width = _shape(file, tensors, tensor_names("embed/bias", names)[0], 1)[0]
     hidden = _shape(file, tensors, tensor_names("block00/fc1/bias", names)[0], 1)[0]
     blocks = {name.removeprefix(names.blocks).split(".")[0] for name in tensors if name.startswith(names.blocks)}
-    return width, len(blocks), hidden
+    positions = _shape(file, tensors, names.positions, 3)
+    grid = math.isqrt(positions[1])
+    require(grid**2 == positions[1], f"{file}: {names.positions} has {positions[1]} positions, which are no square")
+    wanted = (1, grid**2, width)  # before an embedding of this size is computed to compare with
+    require(positions == wanted, f"{file}: {names.positions} is {positions}, and should be {wanted}")
+    return width, len(blocks), hidden, grid
 
 
 def _shape(file: str, tensors: Tensors, name: str, rank: int) -> tuple[int, ...]:
     require(name in tensors, f"{file}: {name} is missing")
     shape = tensors[name].shape
-    require(len(shape) == rank, f"{file}: {name} is {shape}, and should have {rank} axes")
-    return shape
+    require(len(shape) == rank and min(shape) > 0, f"{file}: {name} is {shape}, and should have {rank} axes")
+    return tuple(shape)
 
 
 def _size(file: str, width: int, depth: int, hidden: int, heads: int | None) -> str:
@@ -166,4 +171,5 @@ def class_count(networks: Pretrained) -> int:
 def check_float32(path: epath.Path, kinds: Mapping[str, str], wanted: str) -> None:
     """Raises UserError, which lists the tensors whose type is not `wanted`; `kinds` has types by name of tensor."""
     wrong = [f"{name} is {kind}" for name, kind in kinds.items() if kind != wanted]
-    require(not wrong, f"--input {path} must hold float32 only: {'; '.join(wrong)}")
+    more = f", and {len(wrong) - 20} more" if len(wrong) > 20 else ""
+    require(not wrong, f"--input {path} must hold float32 only: {'; '.join(wrong[:20])}{more}")

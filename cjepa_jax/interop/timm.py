@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from cjepa_jax.errors import UserError
+from cjepa_jax.errors import UserError, one_line
 from cjepa_jax.interop import safetensors_files, torch_names
 from cjepa_jax.interop.safetensors_files import merge_options
 from cjepa_jax.interop.tensors import ImportOptions, OpenedCheckpoint, class_count, to_contiguous_tensors
@@ -20,9 +20,12 @@ def open_file(path: epath.Path, options: ImportOptions) -> OpenedCheckpoint:
     tensors, metadata = safetensors_files.read(path, [path])
     if any(name.startswith(("embeddings.", "ijepa.")) for name in tensors):
         raise UserError(f"--input {path} is part of a folder of transformers: name the folder, {path.parent}")
-    known: dict[str, Any] = {
-        key: json.loads(metadata[key]) for key in ("num_heads", "mean", "std", "classes") if key in metadata
-    }
+    try:
+        known: dict[str, Any] = {
+            key: json.loads(metadata[key]) for key in ("num_heads", "mean", "std", "classes") if key in metadata
+        }
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--input {path} is damaged: its metadata cannot be read ({one_line(error)})") from None
     classes = known.pop("classes", ())
     names = {"target_encoder": torch_names.ENCODER, "head": torch_names.TIMM_HEAD}
     options = merge_options(path, options, known)

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from cjepa_jax.errors import UserError, one_line, require
+from cjepa_jax.errors import require
+from cjepa_jax.files import read_json
 from cjepa_jax.interop import card, safetensors_files, torch_names
 from cjepa_jax.interop.safetensors_files import merge_options
 from cjepa_jax.interop.tensors import ImportOptions, OpenedCheckpoint, class_count, to_contiguous_tensors
@@ -17,7 +18,7 @@ from cjepa_jax.pretrained import Pretrained
 
 def open_folder(path: epath.Path, options: ImportOptions) -> OpenedCheckpoint:
     """Opens a folder. Raises UserError for a folder of another kind of model, and for damaged files."""
-    config = _read_json(path / "config.json")
+    config = read_json(path / "config.json")
     kind = config.get("model_type")
     require(kind == "ijepa", f"--input {path}: config.json describes a model of the type {kind}, not ijepa")
     for key, default, wanted in (
@@ -28,12 +29,14 @@ def open_folder(path: epath.Path, options: ImportOptions) -> OpenedCheckpoint:
         value = config.get(key, default)
         require(value == wanted, f"--input {path}: config.json has {key} = {value}; only {wanted} can be converted")
     preprocessor = path / "preprocessor_config.json"
-    images = _read_json(preprocessor) if preprocessor.exists() else {}
+    images = read_json(preprocessor) if preprocessor.exists() else {}
     known = {"num_heads": config.get("num_attention_heads", 12)}
     known |= {key: images[f"image_{key}"] for key in ("mean", "std") if f"image_{key}" in images}
     tensors, _ = safetensors_files.read(path, sorted(path.glob("*.safetensors")))
     tensors = {name.removeprefix("ijepa."): x for name, x in tensors.items()}
     labels = config.get("id2label", {})
+    numbered = isinstance(labels, dict) and set(labels) == set(map(str, range(len(labels))))
+    require(numbered, f"--input {path}: config.json has an id2label that does not number its names from 0")
     names = {"target_encoder": torch_names.TRANSFORMERS, "head": torch_names.TRANSFORMERS_HEAD}
     classes = [labels[key] for key in sorted(labels, key=int)]
     options = merge_options(path, options, known)
@@ -46,7 +49,7 @@ def write(path: pathlib.Path, networks: Pretrained, run: card.Run) -> None:
     (path / "config.json").write_text(json.dumps(_config(networks), indent=2) + "\n")
     preprocessor = _preprocessor(networks, run)
     (path / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
-    (path / "README.md").write_text(card.readme(networks, run))
+    (path / "README.md").write_text(card.readme(networks, run), errors="backslashreplace")
     tensors: dict[str, np.ndarray] = {}
     for network, params in networks.params.items():
         names = torch_names.TRANSFORMERS_HEAD if network == "head" else torch_names.TRANSFORMERS
@@ -98,12 +101,3 @@ def _preprocessor(networks: Pretrained, run: card.Run) -> dict[str, Any]:
         "image_mean": networks.mean,
         "image_std": networks.std,
     }
-
-
-def _read_json(path: epath.Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({one_line(error)})") from None
-    require(isinstance(content, dict), f"{path} holds no settings")
-    return content

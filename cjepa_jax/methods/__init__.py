@@ -19,6 +19,8 @@ def find_method(values: Mapping[str, Any]) -> type[Method]:
 
     Raises UserError for a name that is not known.
     """
-    name = values.get("method") or ("supervised" if "augment" in values or "augment.mixup" in values else "cjepa")
+    name = values.get("method")
+    if name is None:
+        name = "supervised" if "augment" in values or "augment.mixup" in values else "cjepa"
     require(isinstance(name, str) and name in METHODS, f"method = {name!r} is not known; {nearest(str(name), METHODS)}")
     return METHODS[name]

@@ -18,7 +18,7 @@ from etils import epath
 
 from cjepa_jax.config import Checkpoint, Config
 from cjepa_jax.errors import UserError, one_line, require
-from cjepa_jax.files import absolute, check_bucket_support, is_remote, write_whole
+from cjepa_jax.files import absolute, check_bucket_support, check_writable, is_remote, read_json, write_whole
 from cjepa_jax.settings import adopt
 
 C = TypeVar("C", bound=Config)
@@ -136,10 +136,12 @@ def check_workdir(workdir: epath.Path, config: C, start: Mapping[str, Any]) -> t
     run started from. Raises UserError.
     """
     check_bucket_support(workdir, "--workdir")
+    require("\0" not in str(workdir), "--workdir holds a character that no path may hold")
     require(
         is_remote(workdir) or workdir.resolve().parent.is_dir(),
         f"--workdir {workdir}: {workdir.parent} does not exist; make it first, or mend the path",
     )
+    check_writable(workdir, "--workdir")
     require(not workdir.exists() or workdir.is_dir(), f"--workdir {workdir} is a file")
     saved = workdir / "config.json"
     if not saved.exists():
@@ -150,9 +152,9 @@ def check_workdir(workdir: epath.Path, config: C, start: Mapping[str, Any]) -> t
         )
         return config, []
     try:
-        old = json.loads(saved.read_text())
-    except ValueError as error:
-        raise UserError(f"{saved} is damaged ({error}); restore it or use another --workdir") from None
+        old = read_json(saved)
+    except UserError as error:
+        raise UserError(f"{error}; restore it or use another --workdir") from None
     require("seed" in old, f"--workdir {workdir} holds a converted checkpoint; use another, and --init={workdir}")
     config, notes, changed = adopt(old, config)
     changed += [f"{key}: {old.get(key)} -> {value}" for key, value in start.items() if old.get(key) != value]

@@ -100,13 +100,16 @@ class Writer:
 
 
 def read(workdir: epath.Path) -> list[dict[str, float]]:
-    """The lines of `metrics.jsonl`, none where there is no file; a last line that was cut off is left out."""
+    """The lines of `metrics.jsonl`, none where there is no file; what is cut off or damaged ends them."""
     path = workdir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_bytes().decode(errors="replace").splitlines() if path.is_file() else []
     parsed = []
     for line in lines:
         try:
-            parsed.append(json.loads(line))
-        except ValueError:
+            found = json.loads(line)
+            if not isinstance(found["step"], int):
+                break
+        except (ValueError, LookupError, TypeError, RecursionError):
             break
+        parsed.append(found)
     return parsed

@@ -105,6 +105,12 @@ class Optim:
     beta1: float = setting(0.9, "AdamW's momentum.", within="[0, 0.999999]")
     beta2: float = setting(0.999, "AdamW's momentum of the squares.", within="[0, 0.999999]")
     eps: float = setting(1e-8, "AdamW's epsilon.", within="[1e-20, 1]")
+    microbatches: int = setting(
+        1,
+        "Parts in which a batch goes through the networks, one after another, to save memory. The loss still sees the "
+        "whole batch, so the gradient is the same.",
+        within="[1, 1e6]",
+    )
     schedule_offset: int = setting(
         1,
         "Step k, from 0, takes learning rate and weight decay of k + this; 1 is what I-JEPA's released code does.",

@@ -45,7 +45,7 @@ def curves(lines: list[dict[str, Any]], path: epath.Path, panels: Mapping[str, S
 
 
 def masks(images: np.ndarray, sampled: Masks, path: epath.Path, *, grid: int) -> None:
-    """For each image [n, H, W, C] uint8: itself, what the context encoder sees, and each target block."""
+    """Draws each image [n, H, W, C] uint8, what the context encoder sees of it, and each target block."""
     columns = 2 + sampled.target_idx.shape[1]
     figure = Figure(figsize=(1.5 * columns, 1.6 * len(images)), layout="constrained")
     for i, row in enumerate(figure.subplots(len(images), columns, squeeze=False)):
@@ -80,7 +80,9 @@ def spectra(found: Mapping[str, np.ndarray], path: epath.Path) -> None:
 
 
 def side_by_side(columns: Mapping[str, Sequence[np.ndarray] | np.ndarray], path: epath.Path, *, title: str) -> None:
-    """A row an image, a column a name: images [n, H, W, C], uint8 or in [0, 1], or maps [n, H, W].
+    """Draws a row for each image and a column for each name.
+
+    A column has images [n, H, W, C], uint8 or in [0, 1], or maps [n, H, W].
 
     The maps of a row have one scale; above each are its smallest and its largest value.
     """

@@ -33,6 +33,7 @@ FREE_TO_CHANGE = (
     "model.layers",
     "model.remat",
     "mesh.",
+    "optim.microbatches",
     "log.",
     "checkpoint.",
     "eval.",

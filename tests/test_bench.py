@@ -13,6 +13,7 @@ from PIL import Image
 from cjepa_jax.bench import damage as bench_damage
 from cjepa_jax.bench import input as bench
 from cjepa_jax.bench import linear as bench_linear
+from cjepa_jax.bench import step as bench_step
 from cjepa_jax.data import decode
 from cjepa_jax.errors import UserError
 
@@ -107,3 +108,16 @@ def test_help_is_the_docstring(module, monkeypatch, capsys):
     with flagsaver.flagsaver(), pytest.raises(SystemExit) as stop:
         module.main()
     assert not stop.value.code and capsys.readouterr().out == module.__doc__.strip() + "\n"
+
+
+def test_step_takes_turns_with_the_same_step_in_pytorch(make_config):
+    said = bench_step.measure(make_config(), rounds=1, against_torch=True)
+    losses = re.findall(r"loss (\d+\.\d+)$", said, re.MULTILINE)
+    assert len(losses) == 2
+    assert float(losses[0]) == pytest.approx(float(losses[1]), abs=2e-6)
+    assert re.search(r"cjepa_jax has \d+\.\d\d times the speed of PyTorch 2\.", said)
+
+
+def test_step_says_what_pytorch_lacks(make_config):
+    with pytest.raises(UserError, match=r"vicreg\.projector = \(\)"):
+        bench_step.measure(make_config(vicreg__projector=(8,)), rounds=1, against_torch=True)

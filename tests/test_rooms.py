@@ -7,7 +7,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1] / "cjepa_jax"
 MATH = ["config", "errors", "settings", "batch", "methods", "models", "tpu/flops", "data/augment", "data/randaugment"]
-MATH += [f"train/{name}" for name in ("step", "optimizer", "sharding", "diagnostics")]
+MATH += [f"train/{name}" for name in ("step", "microbatch", "optimizer", "sharding", "diagnostics")]
 MATH += [f"evaluate/{name}" for name in ("sets", "linear_grid", "tracking")]
 MATH_MAY_IMPORT = {"jax", "numpy", "einops", "flax", "optax", "jaxtyping", "dataclasses", "typing", "types", "abc"}
 MATH_MAY_IMPORT |= {"collections", "functools", "difflib", "math", "textwrap"}

@@ -125,7 +125,7 @@ class Result(NamedTuple):
 
 
 def find(data_dir: str, *, split: str = "val") -> list[Video]:
-    """The videos of a split, with their frames and masks.
+    """Finds the videos of a split, with their frames and masks.
 
     Raises UserError that names what is missing.
     """
@@ -153,7 +153,7 @@ def _video(root: epath.Path, name: str) -> Video:
 
 
 def frame_size(width: int, height: int, *, short_side: int, patch_size: int) -> tuple[int, int]:
-    """(width, height) at which a frame is encoded.
+    """Computes (width, height) at which a frame is encoded.
 
     As in DINO, the short side is `short_side` and the long one keeps the aspect
     ratio, rounded down to a multiple of 64; then both to multiples of the patch.

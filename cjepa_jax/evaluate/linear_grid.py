@@ -39,7 +39,7 @@ class Probe(NamedTuple):
 
 
 def grid(learning_rates: tuple[float, ...], weight_decays: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Every pair: learning rates [G] and weight decays [G]."""
+    """Pairs every rate with every decay: gives learning rates [G] and weight decays [G]."""
     rates, decays = np.meshgrid(learning_rates, weight_decays, indexing="ij")
     return rates.ravel().astype(np.float32), decays.ravel().astype(np.float32)
 
@@ -84,7 +84,7 @@ def init(members: int, *, width: int, classes: int) -> Probe:
 
 
 def _logits(params: dict[str, jax.Array], normalised: jax.Array) -> jax.Array:
-    """[B, D] -> [G, B, C]."""
+    """Maps features [B, D] to the logits [G, B, C] of all members."""
     return jnp.einsum("bd,gdc->gbc", normalised, params["kernel"]) + params["bias"][:, None]
 
 
@@ -95,14 +95,14 @@ def train_steps(
     labels: jax.Array,
     members: Mapping[str, tuple[jax.Array, jax.Array]],
 ) -> dict[str, Probe]:
-    """`train_step` of every representation, as one program."""
+    """Takes the `train_step` of every representation, as one program."""
     return {name: train_step(probe, features[name], labels, *members[name]) for name, probe in probes.items()}
 
 
 def train_step(
     probe: Probe, features: jax.Array, labels: jax.Array, learning_rates: jax.Array, weight_decays: jax.Array
 ) -> Probe:
-    """One step of all members on features [B, D], labels [B]; rows with a negative label do not count."""
+    """Takes one step of all members on features [B, D], labels [B]; rows with a negative label do not count."""
     counted = (labels >= 0).astype(features.dtype)[:, None]
     count = counted.sum()
     mean = (features * counted).sum(axis=0) / count
@@ -141,14 +141,14 @@ def predict(probe: Probe, features: jax.Array) -> jax.Array:
 
 
 def fold(probe: Probe, member: int) -> dict[str, np.ndarray]:
-    """One classifier with its batch norm in it, for features as they come: kernel [D, C], bias [C]."""
+    """Folds the batch norm of one member into its classifier, for features as they come: kernel [D, C], bias [C]."""
     norm, params = jax.device_get((probe.norm, probe.params))
     kernel = params["kernel"][member] / np.sqrt(norm.squares / norm.images + EPS)[:, None]
     return {"kernel": kernel, "bias": params["bias"][member] - norm.mean @ kernel}
 
 
 def accuracies(probe: Probe, test: Labelled, *, mesh: jax.sharding.Mesh) -> np.ndarray:
-    """Share of the test images that each member gets right, [G]; the devices share the images."""
+    """Computes the share of the test images that each member gets right, [G]; the devices share the images."""
     right = np.zeros(len(probe.params["bias"]), int)
     for start in range(0, len(test.labels), 4096):  # bounds the logits
         features, labels = spread(test.take(np.arange(start, min(start + 4096, len(test.labels)))), mesh)

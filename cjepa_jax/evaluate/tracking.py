@@ -38,7 +38,7 @@ class Memory(NamedTuple):
 
 
 def remember(features: jax.Array, labels: jax.Array) -> Memory:
-    """The memory after the first frame: features [N, D], labels [N, K]."""
+    """Makes the memory after the first frame: features [N, D], labels [N, K]."""
     frames = 1 + CONTEXT_FRAMES
     return Memory(jnp.tile(unit(features), (frames, 1, 1)), jnp.tile(labels, (frames, 1, 1)), jnp.arange(frames) == 0)
 
@@ -78,7 +78,7 @@ def segment(labels: jax.Array, *, columns: int, patch_size: int) -> jax.Array:
 
 
 def region_similarity(found: np.ndarray, truth: np.ndarray) -> float:
-    """J: intersection over union of two masks [H, W] bool; 1 where both are empty."""
+    """Computes J, the intersection over union of two masks [H, W] bool; 1 where both are empty."""
     union = np.sum(found | truth)
     return float(np.sum(found & truth) / union) if union else 1.0
 
@@ -90,7 +90,7 @@ def boundary(mask: np.ndarray) -> np.ndarray:
 
 
 def boundary_accuracy(found: np.ndarray, truth: np.ndarray) -> float:
-    """F: harmonic mean of precision and recall of the boundaries of two masks [H, W] bool.
+    """Computes F, the harmonic mean of precision and recall of the boundaries of two masks [H, W] bool.
 
     A boundary pixel is right where the other boundary is within TOLERANCE. An
     empty boundary has precision or recall 1; where both are empty, F is 1.
@@ -108,7 +108,7 @@ def boundary_accuracy(found: np.ndarray, truth: np.ndarray) -> float:
 
 
 def score(found: np.ndarray, truth: np.ndarray) -> dict[str, list[float]]:
-    """J and F of each object, 1, 2, ... of the first frame: means over all frames but the first and the last.
+    """Computes J and F of each object, 1, 2, ... of the first frame, as means over all frames but first and last.
 
     found, truth: labels of the pixels [T, H, W], T at least 3. A frame without
     boundaries of its own in one of the two has F = 0, in both 1.

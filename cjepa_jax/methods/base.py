@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PyTree
 
 from cjepa_jax.batch import Batch
@@ -22,6 +23,17 @@ Inputs = Any  # a tree of arrays, whatever `prepare` makes; the first axis of ea
 Outputs = Mapping[str, Array]  # whatever `forward` makes; the first axis of each array is the image
 Metrics = dict[str, Float[Array, ""]]
 Panels = Mapping[str, tuple[str, ...]]  # title of a panel of curves.png -> the metrics that it shows
+
+
+KEPT = "kept"  # the name that `keep` gives to arrays
+
+
+def keep(x: Array) -> Array:
+    """Marks what the backward pass of a microbatch must find in memory, where it would otherwise compute it anew.
+
+    `Method.forward` calls it on results that are expensive and that the gradient needs, such as C-JEPA's targets.
+    """
+    return checkpoint_name(x, KEPT)
 
 
 class Transformer(NamedTuple):

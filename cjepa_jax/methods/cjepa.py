@@ -18,7 +18,7 @@ from cjepa_jax.batch import Batch
 from cjepa_jax.config import Config
 from cjepa_jax.errors import require
 from cjepa_jax.methods import losses
-from cjepa_jax.methods.base import Method, Metrics, Outputs, Panels, Params, Transformer
+from cjepa_jax.methods.base import Method, Metrics, Outputs, Panels, Params, Transformer, keep
 from cjepa_jax.models.masking import Mask, Masks, sample_masks, target_tokens
 from cjepa_jax.models.predictor import Predictor, PredictorConfig, build_predictor
 from cjepa_jax.models.projector import Projector
@@ -79,17 +79,17 @@ class CJEPA(Method):
 
     @cached_property
     def encoder(self) -> Encoder:
-        """The network of context and target encoder alike."""
+        """Builds the network of context and target encoder alike."""
         return build_encoder(self.config.model, grid=self.config.grid, gather=self.gather)
 
     @cached_property
     def predictor(self) -> Predictor:
-        """The network from context features to target features."""
+        """Builds the network from context features to target features."""
         return build_predictor(self.config.predictor, self.config.model, grid=self.config.grid, gather=self.gather)
 
     @cached_property
     def projector(self) -> Projector:
-        """The network from pooled features to what the regulariser sees."""
+        """Builds the network from pooled features to what the regulariser sees."""
         return Projector(self.config.vicreg.projector)
 
     def init(self, rng: jax.Array) -> Params:
@@ -133,7 +133,7 @@ class CJEPA(Method):
         full_target = jax.lax.stop_gradient(
             losses.target_norm(_apply(self.encoder, averages["target_encoder"], patches))
         )
-        target = take(full_target, masks.target_idx)
+        target = keep(take(full_target, masks.target_idx))
 
         context = _apply(self.encoder, params["encoder"], patches, masks.context_idx, masks.context_valid)
         prediction = _apply(self.predictor, params["predictor"], context, masks)
@@ -175,7 +175,7 @@ class CJEPA(Method):
 
     @classmethod
     def networks_of_init(cls, config: Any) -> tuple[str, ...]:
-        """A run starts from both encoders and the predictor."""
+        """Names both encoders and the predictor."""
         return ("encoder", "predictor", "target_encoder")
 
     def start_from(self, networks: Params) -> tuple[Params, Params]:

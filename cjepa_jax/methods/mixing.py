@@ -35,7 +35,7 @@ class Box(NamedTuple):
 
 
 def _offset(rng: jax.Array, room: jax.Array) -> jax.Array:
-    """Uniform in 0 ... room, int32 [B]."""
+    """Draws uniformly from 0 ... room, int32 [B]."""
     draw = jnp.floor(jax.random.uniform(rng, room.shape) * (room + 1).astype(jnp.float32)).astype(jnp.int32)
     return jnp.minimum(draw, room)
 
@@ -83,7 +83,7 @@ def cut_box(rng: jax.Array, share: jax.Array, *, height: int, width: int) -> Box
 def mix(
     rng: jax.Array, images: jax.Array, targets: jax.Array, *, mixup: float, cutmix: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Each image and target mixed with those at the same place from the end, by mixup (arXiv 1710.09412) or cutmix.
+    """Mixes each image and target with those at the same place from the end, by mixup (arXiv 1710.09412) or cutmix.
 
     The first keeps the share that is drawn from a beta distribution; of cutmix,
     what its rectangle leaves of it.

@@ -121,7 +121,7 @@ class Supervised(Method):
 
     @cached_property
     def encoder(self) -> Encoder:
-        """The encoder; its positions are those of the grid that `data.image_size` gives."""
+        """Builds the encoder; its positions are those of the grid that `data.image_size` gives."""
         return build_encoder(self.config.model, grid=self.config.grid, gather=self.gather)
 
     @property
@@ -195,7 +195,7 @@ class Supervised(Method):
 
     @classmethod
     def networks_of_init(cls, config: Any) -> tuple[str, ...]:
-        """A run starts from the encoder that `model.encoder` names."""
+        """Names the encoder that `model.encoder` asks for."""
         return () if config.model.encoder == "random" else (config.model.encoder,)
 
     @classmethod

@@ -55,7 +55,7 @@ class Masks(NamedTuple):
 
 
 def sample_masks(rng: jax.Array, mask: Mask, *, grid: int, batch: int) -> Masks:
-    """Target blocks of `batch` images, and as context the context block minus all target blocks.
+    """Draws target blocks of `batch` images, and as context the context block minus all target blocks.
 
     Source: for `corrected` section 3 of I-JEPA (arXiv 2301.08243), for
     `released` its released code, whose sizes belong to the step: one number
@@ -92,7 +92,7 @@ def sample_masks(rng: jax.Array, mask: Mask, *, grid: int, batch: int) -> Masks:
 
 
 def target_tokens(mask: Mask, grid: int) -> int:
-    """K_t: the patches of the largest block that the settings can give on grid x grid patches.
+    """Computes K_t, the patches of the largest block that the settings can give on grid x grid patches.
 
     Raises UserError where that grid cannot give the blocks or the context that
     the settings ask for.
@@ -122,12 +122,12 @@ def _between(interval: tuple[float, float], r: Any) -> Any:
 
 
 def _longest_side(mask: Mask, grid: int) -> int:
-    """The released code cuts blocks to grid - 1."""
+    """Gives the longest side of a block; the released code cuts blocks to grid - 1."""
     return grid - 1 if mask.recipe == "released" else grid
 
 
 def _rectangle(mask: Mask, grid: int, scale: Any, aspect: Any, xp: ModuleType) -> tuple[Any, Any]:
-    """Share of the patches and aspect ratio -> height and width in patches."""
+    """Maps a share of the patches and an aspect ratio to height and width in patches."""
     patches = xp.floor(grid * grid * scale)
     height, width = xp.round(xp.sqrt(patches * aspect)), xp.round(xp.sqrt(patches / aspect))
     limit = _longest_side(mask, grid)
@@ -135,7 +135,7 @@ def _rectangle(mask: Mask, grid: int, scale: Any, aspect: Any, xp: ModuleType) -
 
 
 def _size(rng: jax.Array, mask: Mask, grid: int, shape: tuple[int, int]) -> jax.Array:
-    """Height and width of M target blocks and a context block, [B, M + 1, 2] for shape (B, M)."""
+    """Draws height and width of M target blocks and a context block, [B, M + 1, 2] for shape (B, M)."""
     batch, targets = shape
     r = jax.random.uniform(rng, (2, batch, targets + 1))
     target_scale, target_aspect = r[0, :, :-1], r[1, :, :-1]
@@ -148,7 +148,7 @@ def _size(rng: jax.Array, mask: Mask, grid: int, shape: tuple[int, int]) -> jax.
 
 
 def _inside(corner: jax.Array, size: jax.Array, grid: int) -> jax.Array:
-    """Blocks [..., 2] -> whether each patch lies inside, [..., N] bool."""
+    """Tells of blocks [..., 2] whether each patch lies inside, [..., N] bool."""
     patch = jnp.stack(jnp.divmod(jnp.arange(grid * grid), grid), axis=-1)  # [N, 2]: row and column
     corner, size = corner[..., None, :], size[..., None, :]
     patch = jnp.expand_dims(patch, range(corner.ndim - 2))
@@ -156,7 +156,7 @@ def _inside(corner: jax.Array, size: jax.Array, grid: int) -> jax.Array:
 
 
 def _patches_of(corner: jax.Array, size: jax.Array, grid: int, length: int) -> tuple[jax.Array, jax.Array]:
-    """Blocks [..., 2] -> their patches in raster order, padded with 0, and validity, both [..., length]."""
+    """Lists the patches of blocks [..., 2] in raster order, padded with 0, and validity, both [..., length]."""
     (top, left), (height, width) = (jnp.split(x, 2, axis=-1) for x in (corner, size))
     row, column = jnp.divmod(jnp.expand_dims(jnp.arange(length), range(width.ndim - 1)), width)
     valid = row < height

@@ -45,7 +45,7 @@ SIZES = {
 
 
 def parse_size(size: str) -> Size:
-    """A name of the table, or "WIDTHxDEPTHxHEADS[xMLP_RATIO]".
+    """Reads a name of the table, or "WIDTHxDEPTHxHEADS[xMLP_RATIO]".
 
     Raises UserError for anything else, and for a width that the heads or the
     position embedding do not divide.
@@ -71,7 +71,7 @@ def parse_size(size: str) -> Size:
 
 
 def kernel_init(init: Literal["normal", "fan_in"]) -> nn.initializers.Initializer:
-    """Normal with std 0.02 (I-JEPA's cut at +-2 is 100 deviations away), or 0.02 * sqrt(768 / fan_in).
+    """Gives a normal with std 0.02 (I-JEPA's cut at +-2 is 100 deviations away), or 0.02 * sqrt(768 / fan_in).
 
     The second equals the first at B's width; at small widths the first lets the
     position embedding drown the content.
@@ -195,7 +195,7 @@ _normed.defvjp(_norm_forward, _norm_backward)
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """Exact GELU, by erf in float32: `jax.nn.gelu` uses erfc, which takes twice the time on CPU."""
+    """Computes the exact GELU, by erf in float32: `jax.nn.gelu` uses erfc, which takes twice the time on CPU."""
     y = x.astype(jnp.float32)
     return (0.5 * y * (1 + jax.lax.erf(y * 0.5**0.5))).astype(x.dtype)
 

@@ -8,19 +8,19 @@ import jax.numpy as jnp
 
 
 def feature_std(features: jax.Array) -> jax.Array:
-    """Std over the images, mean over the dimensions; 0 when all images look the same."""
+    """Computes the std over the images, averaged over the dimensions; it is 0 when all images look the same."""
     return features.std(axis=0).mean()
 
 
 def effective_rank(features: jax.Array) -> jax.Array:
-    """RankMe (arXiv 2210.02885): exp of the entropy of the normalised singular values; between 1 and min(B, D)."""
+    """Computes RankMe (arXiv 2210.02885), exp of the entropy of the normalised singular values, in 1 ... min(B, D)."""
     # Not by the eigenvalues of the Gram matrix: their rounding alone looks like a rank of several.
     singular = jnp.linalg.svd(features, compute_uv=False)
     return jnp.exp(jax.scipy.special.entr(singular / singular.sum()).sum())
 
 
 def mean_cosine(features: jax.Array) -> jax.Array:
-    """Mean cosine between different images; 1 when all point the same way."""
+    """Computes the mean cosine between different images; it is 1 when all point the same way."""
     batch = len(features)
     unit = features / jnp.linalg.norm(features, axis=1, keepdims=True)
     return (jnp.square(unit.sum(axis=0)).sum() - batch) / (batch * (batch - 1))

@@ -21,7 +21,7 @@ class Feed:
     failure: Exception | None = None  # of this process, among several; the others must hear of it before it leaves
 
     def __init__(self, batches: grain.DatasetIterator, shapes: Batch, check: Callable[[Batch], None]):
-        """`shapes` describes the global batch; `batches` gives this process's rows of it, which `check` looks at."""
+        """Starts reading `batches`, this process's rows of the global batch of `shapes`; `check` sees each of them."""
         self._batches, self._shapes, self._check = batches, shapes, check
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
         self._next = self._thread.submit(self._fetch)

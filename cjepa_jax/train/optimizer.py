@@ -39,7 +39,7 @@ def decay_mask(params: Any) -> Any:
 
 
 def build(method: Method, steps: int, params: Params) -> optax.GradientTransformation:
-    """AdamW with the schedules of a run of `steps` steps, and the method's factor on each update.
+    """Builds AdamW with the schedules of a run of `steps` steps, and the method's factor on each update.
 
     Decay is decoupled and multiplied by the learning rate, as in PyTorch's AdamW.
     """

@@ -22,7 +22,7 @@ _TILE = (8, 128)  # of a float32 array in a TPU's memory; a shard of other sizes
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The given devices, by default all of all processes, as data x fsdp.
+    """Arranges the given devices, by default all of all processes, as data x fsdp.
 
     Raises UserError where they do not make such a grid.
     """
@@ -37,18 +37,23 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(grid, (_DATA, _FSDP), axis_types=(AxisType.Auto,) * 2)
 
 
-def check_batch(batch_size: int, mesh: Mesh) -> None:
-    """Raises UserError where the devices cannot share the batch evenly."""
+def check_batch(batch_size: int, microbatches: int, mesh: Mesh) -> None:
+    """Raises UserError where the devices cannot share the batch, or a microbatch of it, evenly."""
     require(batch_size % mesh.size == 0, f"data.batch_size = {batch_size} is not divisible by the {mesh.size} devices")
+    require(
+        batch_size % (microbatches * mesh.size) == 0,
+        f"optim.microbatches = {microbatches}: data.batch_size = {batch_size} is not divisible by so many parts on "
+        f"{mesh.size} devices",
+    )
 
 
 def batch(mesh: Mesh) -> NamedSharding:
-    """The first axis split over all devices."""
+    """Gives the sharding whose first axis is split over all devices."""
     return NamedSharding(mesh, PartitionSpec((_DATA, _FSDP)))
 
 
 def local_rows(images: jax.ShapeDtypeStruct) -> list[int]:
-    """Which rows of a global array this process's devices hold, ascending; a mesh may interleave processes."""
+    """Lists the rows of a global array that this process's devices hold, ascending; a mesh may interleave processes."""
     held = images.sharding.addressable_devices_indices_map(images.shape).values()  # type: ignore[union-attr]
     return sorted({row for index in held for row in range(*index[0].indices(images.shape[0]))})
 
@@ -59,7 +64,7 @@ def from_local_rows(rows: np.ndarray, shape: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def fetch(tree: Any) -> Any:
-    """The whole arrays, on the host of every process; all of them must ask."""
+    """Fetches whole arrays to the host of every process; all of them must ask."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)

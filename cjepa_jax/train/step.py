@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from cjepa_jax.batch import Batch
 from cjepa_jax.methods.base import Method, Metrics, Params
-from cjepa_jax.train import optimizer, sharding
+from cjepa_jax.train import microbatch, optimizer, sharding
 from cjepa_jax.train.sharding import Place
 
 
@@ -55,9 +55,10 @@ def train_step(
     config = method.config
     inputs = method.prepare(batch, jax.random.fold_in(rng, state.step))
     averages = gather(state.averages)
+    forward = microbatch.forward(method, config.optim.microbatches)
 
     def loss_fn(params: Params) -> tuple[Float[Array, ""], tuple[Metrics, Any]]:
-        outputs = method.forward(params, averages, inputs)
+        outputs = forward(params, averages, inputs)
         loss, metrics = method.loss(params, outputs)
         return loss, (metrics, outputs.get("features"))
 
@@ -96,7 +97,7 @@ def build(method: Method, steps: int, mesh: jax.sharding.Mesh) -> Program:
     Raises UserError where the mesh does not fit the batch or the parameters.
     """
     data = method.config.data
-    sharding.check_batch(data.batch_size, mesh)
+    sharding.check_batch(data.batch_size, method.config.optim.microbatches, mesh)
     whole, split = sharding.replicated(mesh), sharding.batch(mesh)
     init = functools.partial(init_state, method=method, steps=steps)
     shapes = jax.eval_shape(init, jax.random.key(0))

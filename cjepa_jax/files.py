@@ -58,12 +58,17 @@ def check_writable(path: epath.Path, key: str) -> None:
         raise UserError(f"{key} {str(path)[:300]!r} cannot be written ({reason}); name another place") from None
 
 
+def is_file(path: epath.Path) -> bool:
+    """Tells whether a path is a file; epath counts pipes and devices, which could be read without end, among files."""
+    return path.is_file() if is_remote(path) else os.path.isfile(path)
+
+
 def read_json(path: epath.Path) -> dict[str, Any]:
     """Reads a file that holds a JSON object. Raises UserError for one that is missing, damaged or far too large.
 
-    A pipe or a device, which could be read without end, counts as missing.
+    A pipe or a device counts as missing.
     """
-    require(path.is_file(), f"{path} is missing, or no file")
+    require(is_file(path), f"{path} is missing, or no file")
     size = path.stat().length
     require(size <= _LARGEST_JSON, f"{path} is damaged: {size} bytes are too many for it")
     try:

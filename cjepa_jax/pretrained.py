@@ -15,7 +15,7 @@ from etils import epath
 
 from cjepa_jax.config import Data, Model
 from cjepa_jax.errors import UserError, one_line, require
-from cjepa_jax.files import absolute, is_remote, read_json, write_whole
+from cjepa_jax.files import absolute, is_file, is_remote, read_json, write_whole
 from cjepa_jax.models.masking import Masks
 from cjepa_jax.models.predictor import PredictorConfig, build_predictor
 from cjepa_jax.models.vit import build_encoder
@@ -187,7 +187,7 @@ def _find(path: epath.Path) -> tuple[epath.Path, epath.Path]:
 
 
 def _read_config(file: epath.Path) -> dict[str, Any]:
-    require(file.is_file(), f"{file} is missing; a checkpoint's networks are described there")
+    require(is_file(file), f"{file} is missing; a checkpoint's networks are described there")
     return read_json(file)
 
 

@@ -6,6 +6,7 @@ from etils import epath
 
 from cjepa_jax import pretrained
 from cjepa_jax.errors import UserError, require
+from cjepa_jax.files import is_file
 from cjepa_jax.interop import ijepa, timm, transformers
 from cjepa_jax.interop.tensors import ImportOptions, OpenedCheckpoint
 
@@ -26,13 +27,13 @@ def open_source(path: epath.Path, options: ImportOptions) -> OpenedCheckpoint:
     if path.is_dir():
         if (path / "state").is_dir() or (path / "checkpoints").is_dir():
             return OpenedCheckpoint("orbax", pretrained.available(path), lambda names: pretrained.load(path, names))
-        if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
+        if is_file(path / "config.json") and any(path.glob("*.safetensors")):
             return transformers.open_folder(path, options)
         raise UserError(
             f"--input {path} is no checkpoint: neither a workdir, nor WORKDIR/checkpoints/STEP, nor a folder of "
             "transformers with config.json and *.safetensors"
         )
-    require(path.is_file(), f"--input {path} is neither a file nor a folder")
+    require(is_file(path), f"--input {path} is neither a file nor a folder")
     with path.open("rb") as file:
         start = file.read(9)
     if start.startswith((b"PK\3\4", b"\x80")):

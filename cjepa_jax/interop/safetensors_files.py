@@ -10,6 +10,7 @@ import safetensors.numpy
 from etils import epath
 
 from cjepa_jax.errors import UserError, one_line, require
+from cjepa_jax.files import is_file
 from cjepa_jax.interop.tensors import ImportOptions, OpenedCheckpoint, Tensors, assemble, check_float32
 from cjepa_jax.interop.torch_names import Names
 from cjepa_jax.pretrained import Pretrained
@@ -23,7 +24,7 @@ def read(path: epath.Path, files: Sequence[epath.Path]) -> tuple[dict[str, np.nd
     tensors: dict[str, np.ndarray] = {}
     metadata: dict[str, str] = {}
     for file in files:
-        require(file.is_file(), f"{file} is no file")
+        require(is_file(file), f"{file} is no file")
         try:
             with safetensors.safe_open(file, framework="np") as content:
                 names = list(content.keys())

@@ -22,7 +22,7 @@ from cjepa_jax.models.attention import attend
 
 LAYER_NORM_EPS = 1e-6
 _LARGEST = 16384, 256, 1024, 64  # width, depth, heads and MLP ratio of a size
-_MOST_POSITIONS = 2**26  # numbers of the position embedding; of a ViT-g more than 40,000 patches
+_MOST_POSITIONS = 2**25  # numbers of the position embedding; of a ViT-g more than 20,000 patches
 
 
 class Size(NamedTuple):

@@ -9,7 +9,7 @@ from etils import epath
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from cjepa_jax.files import is_remote, write_whole
+from cjepa_jax.files import is_file, is_remote, write_whole
 
 _BAR = {  # metric -> its name on the bar
     "loss/total": "loss",
@@ -102,7 +102,7 @@ class Writer:
 def read(workdir: epath.Path) -> list[dict[str, float]]:
     """The lines of `metrics.jsonl`, none where there is no file; what is cut off or damaged ends them."""
     path = workdir / "metrics.jsonl"
-    lines = path.read_bytes().decode(errors="replace").splitlines() if path.is_file() else []
+    lines = path.read_bytes().decode(errors="replace").splitlines() if is_file(path) else []
     parsed = []
     for line in lines:
         try:

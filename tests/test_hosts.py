@@ -14,9 +14,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 
 from cjepa_jax.errors import UserError
-from cjepa_jax.train import distributed
+from cjepa_jax.train import distributed, lock
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = [
@@ -157,9 +158,18 @@ def test_an_error_of_one_stops_all_and_saves_nothing_of_it(tmp_path):
         for process in range(2)
     ]
     said = finish(processes, 2, 2)
-    assert "error: another process could not read its images" in said[0]
+    assert "error: another process could not go on and says why" in said[0]
     assert "error: 100 images in a row cannot be read" in said[1]
     assert not list((workdir / "checkpoints").glob("[0-9]*"))
+
+
+def test_a_workdir_in_use_is_refused_by_all(tmp_path):
+    """Process 0 says by whom; this process is the one."""
+    with lock.Lock(epath.Path(tmp_path / "run")):
+        said = finish(start(2, 1, f"--workdir={tmp_path / 'run'}"), 2, 2)
+    assert f"is in use by process {os.getpid()} on" in said[0]
+    assert "error: process 0 could not lock the workdir and says why" in said[1]
+    assert "Traceback" not in "".join(said)
 
 
 def test_a_process_that_cannot_be_reached_is_named(tmp_path):

@@ -71,6 +71,14 @@ def write(
     write_whole(path, json.dumps({"results": results, **description, **circumstances}, indent=1) + "\n")
 
 
+def is_of(workdir: epath.Path, step: int) -> bool:
+    """Tells whether WORKDIR/evaluation.json is there, and is about this step."""
+    try:
+        return bool(json.loads((workdir / "evaluation.json").read_text())["step"] == step)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False
+
+
 def table(evaluator: Evaluator, rows: Rows) -> str:
     """Shows a row an encoder; of its measures the numbers, shares of images as %."""
     columns = [

@@ -64,6 +64,11 @@ def meet(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def told_by_first(value: bool) -> bool:
+    """Gives what process 0 says; all processes wait for it."""
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value, np.int32)))
+
+
 class Consensus:
     """Lets all processes do after the same step what one of them asks for."""
 

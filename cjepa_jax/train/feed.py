@@ -10,7 +10,6 @@ import jax
 import numpy as np
 
 from cjepa_jax.batch import Batch
-from cjepa_jax.errors import UserError
 from cjepa_jax.train import sharding
 
 
@@ -51,11 +50,6 @@ class Feed:
         self.seconds_waited += time.perf_counter() - idle_since
         self._next = self._thread.submit(self._fetch)
         return batch
-
-    def check(self, *, failed: bool) -> None:
-        """Raises where the batches of some process have failed."""
-        if failed:
-            raise self.failure or UserError("another process could not read its images and says why; all have stopped")
 
     def __exit__(self, *_):
         self._thread.shutdown()

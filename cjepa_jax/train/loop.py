@@ -11,11 +11,15 @@ from etils import epath
 from cjepa_jax import plots, signals
 from cjepa_jax.config import Config
 from cjepa_jax.data import pipeline
-from cjepa_jax.train import checkpoint, distributed, sharding, writer
+from cjepa_jax.errors import UserError
+from cjepa_jax.evaluate import report
+from cjepa_jax.train import checkpoint, distributed, lock, sharding, writer
 from cjepa_jax.train.diagnostics import diagnose
 from cjepa_jax.train.feed import Feed
 from cjepa_jax.train.setup import Training, set_up
 from cjepa_jax.train.step import TrainState
+
+_ELSEWHERE = "another process could not go on and says why; all have stopped"
 
 
 class DivergedError(RuntimeError):
@@ -31,17 +35,24 @@ def train(
     last step, between which a trace for xprof or Perfetto is recorded in WORKDIR/profile.
 
     Raises UserError for settings that do not fit the data, the devices or the workdir, before anything is compiled or
-    written, and where images or a checkpoint cannot be read; DivergedError when the loss is not finite, whereupon the
-    checkpoints are those from before.
+    written, where another run trains in the workdir, and where images or a checkpoint cannot be read; DivergedError
+    when the loss is not finite, whereupon the checkpoints are those from before; LockLostError when another run has
+    taken the workdir over, which only happens to a run that was paused for long.
     """
     run = set_up(config, workdir, init)
+    distributed.meet("workdir checked")  # before the first of them makes it
+    with lock.Lock(workdir) as held:
+        return _train(run, workdir, held, profile)
+
+
+def _train(run: Training, workdir: epath.Path, held: lock.Lock, profile: tuple[int, int] | None) -> TrainState:
+    """Trains what was checked, in a workdir that nobody else writes to."""
     if run.config.model.dtype == "float32":  # TPUs and GPUs would round the operands of exact products
         jax.config.update("jax_default_matmul_precision", "highest")
     config, program, steps, reader = run.config, run.program, run.steps, run.reader
     root = jax.jit(lambda: tuple(jax.random.split(jax.random.key(config.seed))), out_shardings=program.whole)
     rng_init, rng_step = root()
 
-    distributed.meet("workdir checked")  # before the first of them makes it
     checkpoints = checkpoint.Checkpointer(workdir, config.checkpoint, run.meta)
     restored = checkpoints.restore(program.state)
     state = run.init(rng_init) if restored is None else restored
@@ -60,6 +71,13 @@ def train(
     step, asked, skipped = start, distributed.GO_ON, 0
     running: Any = ()  # the metrics of the step that the devices work on
     pending = None  # metrics are fetched one step late, so that the devices never wait for the host
+
+    def probe() -> None:
+        assert run.evaluation
+        log.pause()
+        log.write(step, run.evaluation.probe(run.method.networks(state.params, state.averages)))
+
+    probes = range(config.eval.every, steps, config.eval.every) if run.evaluation else ()
     with (
         contextlib.closing(checkpoints),
         contextlib.closing(log),
@@ -67,6 +85,8 @@ def train(
         signals.Stop() as stop,
         _Profiler(workdir, profile) as profiler,
     ):
+        if start in probes and not distributed.told_by_first(log.has_evaluation(start)):  # the run ended meanwhile
+            probe()
         while step < steps and asked == distributed.GO_ON:
             profiler.tick(step)
             with jax.transfer_guard("disallow"):  # nothing moves between host and devices unless it is asked for
@@ -75,8 +95,11 @@ def train(
                 stop.listen()  # until the first step is compiled, there is nothing to save
                 jax.block_until_ready(running)  # one step ahead is enough; without end, images would pile up there
                 asked = consensus.result()
+            saves = checkpoints.due(step + 1) or step + 1 == steps or asked != distributed.GO_ON
+            if saves:
+                held.look()
             requested = distributed.STOP if stop.requested else distributed.GO_ON
-            consensus.ask(distributed.FAIL if feed.failure else requested)
+            consensus.ask(distributed.FAIL if feed.failure or held.failure else requested)
             running, step = step_metrics, step + 1
             _flush(log, pending)
             pending = None
@@ -84,27 +107,35 @@ def train(
             if step % config.log.every == 0 or step == steps:
                 seen = observe(features) if features is not None else {}
                 pending = step, step_metrics | seen | {"data/skipped": len(reader.unreadable)}
-            if checkpoints.due(step) or step == steps or asked != distributed.GO_ON:
+            if saves:
                 asked = max(asked, consensus.result())
-                feed.check(failed=asked == distributed.FAIL)
+                if asked == distributed.FAIL:
+                    raise feed.failure or held.failure or UserError(_ELSEWHERE)
                 _check_finite(step, step_metrics)
-                checkpoints.save(step, state)
-            if run.evaluation and step % config.eval.every == 0 and step < steps:
+            if saves or step in probes:  # a run that goes on from a checkpoint finds the metrics up to it
                 _flush(log, pending)
                 pending = None
-                log.pause()
-                log.write(step, run.evaluation.probe(run.method.networks(state.params, state.averages)))
+            if saves:
+                checkpoints.save(step, state)
+            if step in probes:
+                probe()
             for name, reason in list(reader.unreadable.items())[skipped:]:
                 log.note(f"skipped {name}: {reason}")
                 skipped += 1
         _flush(log, pending)
-        if run.evaluation and start < step == steps:
+        held.check()
+        owes = run.evaluation is not None and step == steps
+        owes = owes and not distributed.told_by_first(log.has_evaluation(step) and report.is_of(workdir, step))
+        if run.evaluation and owes and asked == distributed.GO_ON:
+            owes = False
             networks = run.method.networks(state.params, state.averages)
             untrained = None if run.method.needs_labels else program.init(rng_init).params["encoder"]
-            log.write(step, run.evaluation.report(networks, untrained, workdir, step=step))
+            metrics = run.evaluation.report(networks, untrained, workdir, step=step)
+            if not log.has_evaluation(step):
+                log.write(step, metrics)
     if jax.process_index() == 0:
         plots.curves(writer.read(workdir), workdir / "curves.png", run.method.panels)
-        print(_farewell(workdir, step, steps), file=sys.stderr)
+        print(_farewell(workdir, step, steps, owes=owes), file=sys.stderr)
     return state
 
 
@@ -168,7 +199,7 @@ def _draw_masks(run: Training, workdir: epath.Path) -> None:
         plots.masks(images, jax.device_get(sampled), workdir / "masks.png", grid=run.config.grid)
 
 
-def _farewell(workdir: epath.Path, step: int, steps: int) -> str:
-    if step < steps:
+def _farewell(workdir: epath.Path, step: int, steps: int, *, owes: bool) -> str:
+    if step < steps or owes:
         return f"stopped and saved at step {step} of {steps}; the same command goes on from there"
     return f"finished at step {steps}; results are in {workdir}"

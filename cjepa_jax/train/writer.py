@@ -36,13 +36,20 @@ class Writer:
         self._waited = self._waited_before = 0.0
         self._line = time.perf_counter()
         self._active = jax.process_index() == 0
+        self._evaluated: set[float] = set()
         if not self._active:
             return
         self._path = workdir / "metrics.jsonl"
-        self._text = "".join(json.dumps(line) + "\n" for line in read(workdir) if line["step"] <= start)
+        kept = [line for line in read(workdir) if line["step"] <= start]
+        self._evaluated = {line["step"] for line in kept if _is_evaluation(line)}
+        self._text = "".join(json.dumps(line) + "\n" for line in kept)
         write_whole(self._path, self._text)
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
         self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
+
+    def has_evaluation(self, step: int) -> bool:
+        """Tells whether there is a line with the evaluation of this step; process 0 knows."""
+        return self._active and step in self._evaluated
 
     def tick(self, step: int, seconds_waited: float) -> None:
         """`step` has been taken: moves the bar, and starts the clock once the first one, which compiles, is over.
@@ -56,10 +63,16 @@ class Writer:
             self._bar.update(step - self._bar.n)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """One line of metrics, plus `data/wait_fraction` and `images_per_second`, both since the last line."""
+        """Writes a line; training's get `data/wait_fraction` and `images_per_second`, both since the last line.
+
+        A step may have a line of training and one of evaluation, which have no metric in common.
+        """
         now = time.perf_counter()
-        waited = (self._waited - self._waited_before) / (now - self._line)
-        metrics = {**metrics, "data/wait_fraction": waited}
+        if _is_evaluation(metrics):
+            self._evaluated.add(step)
+        else:
+            waited = (self._waited - self._waited_before) / (now - self._line)
+            metrics = {**metrics, "data/wait_fraction": waited}
         self._waited_before, self._line = self._waited, now
         if self._clock is not None and step > self._step:
             metrics = {**metrics, "images_per_second": self._batch_size * (step - self._step) / (now - self._clock)}
@@ -97,6 +110,10 @@ class Writer:
         if self._active:
             self._bar.close()
             self._board.close()
+
+
+def _is_evaluation(metrics: dict[str, float]) -> bool:
+    return any(name.startswith("eval/") for name in metrics)
 
 
 def read(workdir: epath.Path) -> list[dict[str, float]]:

@@ -1,0 +1,60 @@
+"""What a kill has kept a run from doing is made up for when the same command runs again, and nothing is done twice."""
+
+import json
+import pathlib
+import shutil
+
+import pytest
+from etils import epath
+
+from cjepa_jax.evaluate import during
+from cjepa_jax.train import loop
+
+
+def lines(workdir: pathlib.Path) -> list[dict[str, float]]:
+    """metrics.jsonl without what depends on the clock."""
+    timed = {"images_per_second", "data/wait_fraction", "eval/seconds"}
+    parsed = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in line.items() if name not in timed} for line in parsed]
+
+
+def results(workdir: pathlib.Path):
+    return json.loads((workdir / "evaluation.json").read_text())["results"]
+
+
+def test_an_evaluation_that_was_cut_off_is_made_up_for(make_config, tmp_path, monkeypatch, capsys):
+    workdir = tmp_path / "run"
+    config = make_config(
+        **{"optim__epochs": 0.05, "optim__warmup_epochs": 0.01, "checkpoint__every": 2, "log__every": 1},
+        **{"eval__every": 2, "eval__evaluators": ("knn",), "eval__images": 200},
+    )
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:  # in the final report
+        patch.setattr(during.report, "write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(config, epath.Path(workdir))
+    assert [line["step"] for line in lines(workdir)] == [1, 2, 2, 3, 4] and not (workdir / "evaluation.json").exists()
+
+    loop.train(config, epath.Path(workdir))
+    first = lines(workdir)
+    assert [line["step"] for line in first] == [1, 2, 2, 3, 4, 4]
+    assert "eval/knn" in first[2] and first[5]["eval/knn"] == results(workdir)["knn"]["trained"]["weighted"]
+
+    # Once more, after a kill between the checkpoint of step 2 and its probe.
+    again = tmp_path / "again"
+    shutil.copytree(workdir, again)
+    shutil.rmtree(again / "checkpoints" / "4")
+    (again / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in first[:2]))
+    loop.train(config, epath.Path(again))
+    assert lines(again) == first and results(again) == results(workdir)
+
+    # Nothing is left to do.
+    before = (again / "evaluation.json").stat().st_mtime_ns
+    capsys.readouterr()
+    loop.train(config, epath.Path(again))
+    assert lines(again) == first and (again / "evaluation.json").stat().st_mtime_ns == before
+    said = capsys.readouterr()
+    assert "finished at step 4" in said.err and "knn" not in said.out

@@ -20,11 +20,11 @@ from cjepa_jax.train import lock, loop
 from cjepa_jax.train.lock import Lock
 
 
-class PreconditionFailed(Exception):
+class PreconditionFailed(Exception):  # noqa: N818
     pass
 
 
-class NotFound(Exception):
+class NotFound(Exception):  # noqa: N818
     pass
 
 
@@ -188,7 +188,7 @@ def test_a_sign_of_life_from_another_machine_is_seen(store):
     timer = threading.Timer(0.5, lambda: store.write(owner(machine="other")))
     timer.start()
     start = time.monotonic()
-    with pytest.raises(UserError, match="is in use by process .* on tpu-7"), Lock(store.workdir):
+    with pytest.raises(UserError, match=r"is in use by process .* on tpu-7"), Lock(store.workdir):
         pass
     assert time.monotonic() - start < 0.9
     timer.join()
@@ -284,7 +284,10 @@ def test_a_full_disk_ends_no_heartbeat(tmp_path, monkeypatch):
 
 def test_a_workdir_that_cannot_be_written_to_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "pwrite", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
-    with pytest.raises(UserError, match="run cannot be written to .*No space left"), Lock(epath.Path(tmp_path / "run")):
+    with (
+        pytest.raises(UserError, match=r"run cannot be written to .*No space left"),
+        Lock(epath.Path(tmp_path / "run")),
+    ):
         pass
 
 

@@ -44,7 +44,11 @@ class Writer:
         self._evaluated = {line["step"] for line in kept if _is_evaluation(line)}
         self._text = "".join(json.dumps(line) + "\n" for line in kept)
         write_whole(self._path, self._text)
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+        self._board = SummaryWriter(
+            str(workdir / "tensorboard"),
+            purge_step=start + 1,
+            flush_secs=120 if is_remote(workdir) else 10,  # there the whole file is written anew
+        )
         self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
 
     def has_evaluation(self, step: int) -> bool:

@@ -1,6 +1,6 @@
 PYTHON ?= python3
 
-.PHONY: demo check test
+.PHONY: demo check test soak
 
 # The files of `make check`: the mathematics, settings and rooms; none starts a process or takes long to compile.
 MATH = $(addprefix tests/test_,$(addsuffix .py,losses masking mixing optimizer evaluate_math diagnostics \
@@ -20,6 +20,9 @@ test: .venv/installed-test
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/python -m pytest -m "not slow" -n 2 --dist loadfile --durations=15
+
+soak: .venv/installed-test
+	.venv/bin/python -m pytest -s -m slow -n 0 tests/test_soak.py
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -156,9 +156,13 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Log:
-    """How often progress goes to the bar, metrics.jsonl and TensorBoard."""
+    """How often progress goes to the bar, metrics.jsonl and TensorBoard, and what follows from it."""
 
     every: int = setting(50, "Steps between log lines.", within="[1, 1e9]")
+    collapse: Literal["warn", "stop", "off"] = setting(
+        "warn",
+        "What follows when the features have been collapsing for a while: a line, the end of the run, or nothing.",
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

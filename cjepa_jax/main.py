@@ -48,7 +48,7 @@ flags.DEFINE_alias("checkpoint", "init")  # its name where fine-tuning had a com
 
 def _run() -> None:
     from cjepa_jax.methods import find_method  # after the flags: importing jax takes seconds
-    from cjepa_jax.train import lock, loop
+    from cjepa_jax.train import lock, loop, nonfinite
 
     steps = re.fullmatch(r"(\d+):(\d+)", _PROFILE.value or "0:0")
     require(bool(steps), f"--profile={_PROFILE.value} must be START:STOP, two step numbers")
@@ -57,7 +57,7 @@ def _run() -> None:
     workdir = _FLAGS.start(name)
     try:
         loop.train(config, epath.Path(workdir), epath.Path(_INIT.value) if _INIT.value else None, profile)
-    except (loop.DivergedError, lock.LockLostError) as error:
+    except (nonfinite.DivergedError, lock.LockLostError) as error:
         sys.exit(f"error: {error}")
 
 

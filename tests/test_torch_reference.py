@@ -434,10 +434,10 @@ def _run_ours(method, state, images):
 
     run, all_masks = Run(), []
     for batch in images:
-        masks, (state, metrics, features) = step(state, jnp.asarray(batch), jax.random.key(1))
+        masks, (state, metrics, observed) = step(state, jnp.asarray(batch), jax.random.key(1))
         all_masks.append(jax.tree.map(np.asarray, masks))
         run.metrics.append({name: float(value) for name, value in metrics.items()})
-        run.features.append(np.asarray(features))
+        run.features.append(np.asarray(observed.features))
         if not run.gradient:  # Adam's first moment is now (1 - beta1) times the gradient
             moments = _leaves(**optax.tree.get(state.opt_state, "mu"))
             run.gradient = {name: leaf / (1 - method.config.optim.beta1) for name, leaf in moments.items()}

@@ -20,14 +20,9 @@ from cjepa_jax.evaluate.frozen import Frozen
 from cjepa_jax.evaluate.sets import unit
 from cjepa_jax.settings import setting
 from cjepa_jax.train import writer
-from cjepa_jax.train.diagnostics import diagnose
+from cjepa_jax.train.diagnostics import Watch, diagnose
 
 LIDAR_DELTA = 1e-4  # of the paper: added to the covariance within objects
-
-# Below these shares of its value at the start of a run a diagnostic says collapse. Of configs/digits.py without EMA and
-# regulariser, three seeds, the ends stood at .14 to .43 (std), .45 (rank) and .11 at most (1 - cosine) of what an
-# untrained encoder has.
-ALARMS = {"rep/std": 0.5, "rep/rank": 0.5, "1 - rep/cosine": 0.25}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,20 +145,12 @@ def lidar(views: jax.Array) -> jax.Array:
 def first_alarms(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Tells from the lines of metrics.jsonl what would have warned: each diagnostic's start, end, limit and alarm.
 
-    The alarm is the step since which it stayed below its limit (ALARMS); None where it does not.
+    The alarm is the step since which it stayed below its limit (diagnostics.LIMITS); None where it does not.
     """
-    found = {}
-    for name, share in ALARMS.items():
-        series = [
-            (line["step"], 1 - line["rep/cosine"] if name.startswith("1 - ") else line[name])
-            for line in lines
-            if name.removeprefix("1 - ") in line
-        ]
-        if not series:
-            continue
-        limit = share * series[0][1]
-        since = None
-        for step, value in series:
-            since = None if value >= limit else since or step
-        found[name] = {"start": series[0][1], "end": series[-1][1], "limit": limit, "alarm since step": since}
-    return found
+    watch = Watch(steps=0)
+    for line in lines:
+        watch.look(line["step"], line)
+    return {
+        name: {"start": course.start, "end": course.end, "limit": course.limit, "alarm since step": course.since}
+        for name, course in watch.courses.items()
+    }

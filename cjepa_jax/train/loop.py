@@ -1,7 +1,6 @@
 """The loop of every training: feed, steps, metrics one step late, checkpoints, evaluation, and how it is stopped."""
 
 import contextlib
-import math
 import sys
 from typing import Any
 
@@ -13,17 +12,16 @@ from cjepa_jax.config import Config
 from cjepa_jax.data import pipeline
 from cjepa_jax.errors import UserError
 from cjepa_jax.evaluate import report
+from cjepa_jax.methods.base import Metrics
 from cjepa_jax.train import checkpoint, distributed, lock, sharding, writer
+from cjepa_jax.train.alarm import Alarm
 from cjepa_jax.train.diagnostics import diagnose
 from cjepa_jax.train.feed import Feed
+from cjepa_jax.train.nonfinite import Recorder
 from cjepa_jax.train.setup import Training, set_up
 from cjepa_jax.train.step import TrainState
 
 _ELSEWHERE = "another process could not go on and says why; all have stopped"
-
-
-class DivergedError(RuntimeError):
-    """The loss is no longer a number."""
 
 
 def train(
@@ -65,8 +63,10 @@ def _train(run: Training, workdir: epath.Path, held: lock.Lock, profile: tuple[i
         print(_headline(run, state, start), file=sys.stderr, flush=True)
         _draw_masks(run, workdir)
 
+    alarm = Alarm(config.log, steps, [line for line in writer.read(workdir) if line["step"] <= start])
     log = writer.Writer(workdir, start=start, steps=steps, batch_size=config.data.batch_size)
     consensus = distributed.Consensus(program.split, program.whole)
+    recorder = Recorder(workdir, seed=config.seed, start=start, params=state.params)
     observe = jax.jit(diagnose)
     step, asked, skipped = start, distributed.GO_ON, 0
     running: Any = ()  # the metrics of the step that the devices work on
@@ -91,29 +91,30 @@ def _train(run: Training, workdir: epath.Path, held: lock.Lock, profile: tuple[i
             profiler.tick(step)
             with jax.transfer_guard("disallow"):  # nothing moves between host and devices unless it is asked for
                 batch = feed.take(running)
-                state, step_metrics, features = program.step(state, batch, rng_step)
+                state, step_metrics, observed = program.step(state, batch, rng_step)
                 stop.listen()  # until the first step is compiled, there is nothing to save
                 jax.block_until_ready(running)  # one step ahead is enough; without end, images would pile up there
                 asked = consensus.result()
             saves = checkpoints.due(step + 1) or step + 1 == steps or asked != distributed.GO_ON
             if saves:
                 held.look()
-            requested = distributed.STOP if stop.requested else distributed.GO_ON
+            requested = distributed.STOP if stop.requested or alarm.wants_stop else distributed.GO_ON
             consensus.ask(distributed.FAIL if feed.failure or held.failure else requested)
             running, step = step_metrics, step + 1
-            _flush(log, pending)
+            recorder.keep(step, step_metrics, observed.grad_norms)
+            _flush(log, recorder, alarm, pending)
             pending = None
             log.tick(step, feed.seconds_waited)
-            if step % config.log.every == 0 or step == steps:
-                seen = observe(features) if features is not None else {}
+            if step % config.log.every == 0 or step in (1, steps):  # the first is what later ones are compared with
+                seen = observe(observed.features) if observed.features is not None else {}
                 pending = step, step_metrics | seen | {"data/skipped": len(reader.unreadable)}
             if saves:
                 asked = max(asked, consensus.result())
                 if asked == distributed.FAIL:
                     raise feed.failure or held.failure or UserError(_ELSEWHERE)
-                _check_finite(step, step_metrics)
+                recorder.check(step, step_metrics, saved=True)
             if saves or step in probes:  # a run that goes on from a checkpoint finds the metrics up to it
-                _flush(log, pending)
+                _flush(log, recorder, alarm, pending)
                 pending = None
             if saves:
                 checkpoints.save(step, state)
@@ -122,7 +123,7 @@ def _train(run: Training, workdir: epath.Path, held: lock.Lock, profile: tuple[i
             for name, reason in list(reader.unreadable.items())[skipped:]:
                 log.note(f"skipped {name}: {reason}")
                 skipped += 1
-        _flush(log, pending)
+        _flush(log, recorder, alarm, pending)
         held.check()
         owes = run.evaluation is not None and step == steps
         owes = owes and not distributed.told_by_first(log.has_evaluation(step) and report.is_of(workdir, step))
@@ -136,6 +137,8 @@ def _train(run: Training, workdir: epath.Path, held: lock.Lock, profile: tuple[i
     if jax.process_index() == 0:
         plots.curves(writer.read(workdir), workdir / "curves.png", run.method.panels)
         print(_farewell(workdir, step, steps, owes=owes), file=sys.stderr)
+    if step < steps:
+        alarm.check(step)
     return state
 
 
@@ -162,21 +165,16 @@ class _Profiler:
             self._running = False
 
 
-def _flush(log: writer.Writer, pending: tuple[int, dict[str, jax.Array]] | None) -> None:
+def _flush(log: writer.Writer, recorder: Recorder, alarm: Alarm, pending: tuple[int, Metrics] | None) -> None:
     """Fetches and writes the metrics that wait, if any do."""
     if pending:
         step, values = pending
-        log.write(step, {name: float(value) for name, value in jax.device_get(values).items()})
-        _check_finite(step, values)
-
-
-def _check_finite(step: int, values: dict[str, jax.Array]) -> None:
-    """Raises DivergedError unless loss and gradient are finite, in which case the state after the step is so too."""
-    for name in ("loss/total", "grad_norm"):
-        if not math.isfinite(float(jax.device_get(values[name]))):
-            raise DivergedError(
-                f"{name} is not finite at step {step}; lower optim.learning_rate or lengthen optim.warmup_epochs"
-            )
+        metrics = {name: float(value) for name, value in jax.device_get(values).items()}
+        collapsed, warning = alarm.look(step, metrics)
+        log.write(step, metrics | collapsed)
+        if warning and jax.process_index() == 0:
+            log.note(warning)
+        recorder.check(step, values)
 
 
 def _headline(run: Training, state: TrainState, start: int) -> str:

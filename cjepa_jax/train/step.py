@@ -26,6 +26,13 @@ class TrainState(struct.PyTreeNode):
     opt_state: PyTree[Array]
 
 
+class Observed(NamedTuple):
+    """What a step computes in any case, and what only diagnostics look at."""
+
+    features: Float[Array, "B D"] | None  # whatever the method's `forward` calls so
+    grad_norms: Float[Array, " L"]  # of the gradient's leaves, in the order of the parameters' tree
+
+
 def init_state(rng: jax.Array, *, method: Method, steps: int) -> TrainState:
     """Gives the state at step 0 of a run of `steps` steps; averages start as copies."""
     params = method.init(rng)
@@ -46,8 +53,8 @@ def train_step(
     steps: int,
     gather: Place = lambda tree: tree,
     scatter: Place = lambda tree: tree,
-) -> tuple[TrainState, Metrics, Float[Array, "B D"] | None]:
-    """Maps state and batch to the next state, scalar metrics, and the features that diagnostics look at.
+) -> tuple[TrainState, Metrics, Observed]:
+    """Maps state and batch to the next state, scalar metrics, and what diagnostics look at.
 
     `rng` is the constant root of the run; all draws of a step depend on it and on the step alone. `gather` places the
     parameters for the passes, `scatter` the gradients for the update.
@@ -76,14 +83,16 @@ def train_step(
             "ema_momentum": 1 - step_size,
             "grad_norm": optax.tree.norm(grads),
         }
-    return TrainState(state.step + 1, params, averages, opt_state), metrics, features
+        # The sums of squares are those of grad_norm, so that they cost nothing.
+        grad_norms = jnp.stack([optax.tree.norm(leaf) for leaf in jax.tree.leaves(grads)])
+    return TrainState(state.step + 1, params, averages, opt_state), metrics, Observed(features, grad_norms)
 
 
 class Program(NamedTuple):
     """The jitted parts of a run on a mesh, and where their arrays live."""
 
     init: Callable[[jax.Array], TrainState]  # rng -> state
-    step: Any  # state, batch, rng -> state, metrics, features; the first argument is given away
+    step: Any  # state, batch, rng -> state, metrics, Observed; the first argument is given away
     state: TrainState  # shapes, dtypes and shardings
     batch: Batch  # the same, of a global batch
     split: jax.sharding.NamedSharding  # the first axis over all devices
@@ -111,7 +120,7 @@ def build(method: Method, steps: int, mesh: jax.sharding.Mesh) -> Program:
         step=jax.jit(
             functools.partial(train_step, method=method, steps=steps, gather=gather, scatter=scatter),
             in_shardings=(placed, split, whole),
-            out_shardings=(placed, whole, split),
+            out_shardings=(placed, whole, Observed(split, whole)),  # type: ignore[arg-type]
             donate_argnums=0,
         ),
         state=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed),

@@ -102,9 +102,9 @@ def _train(run: Training, workdir: epath.Path, held: lock.Lock, profile: tuple[i
             consensus.ask(distributed.FAIL if feed.failure or held.failure else requested)
             running, step = step_metrics, step + 1
             recorder.keep(step, step_metrics, observed.grad_norms)
+            log.tick(step, feed.seconds_waited)  # before lines are written: they are about the time until now
             _flush(log, recorder, alarm, pending)
             pending = None
-            log.tick(step, feed.seconds_waited)
             if step % config.log.every == 0 or step in (1, steps):  # the first is what later ones are compared with
                 seen = observe(observed.features) if observed.features is not None else {}
                 pending = step, step_metrics | seen | {"data/skipped": len(reader.unreadable)}

@@ -14,6 +14,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_dict, config_flags
 
 from cjepa_jax import settings, signals
+from cjepa_jax.data import waiting
 from cjepa_jax.errors import UserError, nearest, one_line, require
 
 _CONFIG = flags.DEFINE_string("config", None, "The experiment, e.g. configs/digits.py.")
@@ -149,15 +150,16 @@ def run(body: Callable[[], None], doc: str) -> None:
     """
     # What is compiled is kept for the next start; jax reads this when it is imported, which is later.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/cjepa_jax/xla"))
-    try:
-        logging.set_verbosity("error")  # TFDS' and Orbax' chatter
-        _parse_flags(sys.argv, doc)
-        body()
-    except (UserError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in _MENDABLE:
-            raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+    with waiting.leaving():
+        try:
+            logging.set_verbosity("error")  # TFDS' and Orbax' chatter
+            _parse_flags(sys.argv, doc)
+            body()
+        except (UserError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in _MENDABLE:
+                raise
+            print(f"error: {one_line(error)}", file=sys.stderr)
+            sys.exit(2)
 
 
 def _help_is_wanted() -> bool:

@@ -52,6 +52,12 @@ class Data:
         0, "Decoding threads of a process, 0: one a core. They have no influence on the batches.", within="[0, 1024]"
     )
     prefetch: int = setting(2, "Batches read ahead by a process.", within="[1, 1024]")
+    read_timeout: float = setting(
+        1800.0,
+        "Seconds after which the run saves and stops where an image's file is not read, as when a network file system "
+        "hangs; 0: never.",
+        within="[0, 1e9]",
+    )
     max_bad_fraction: float = setting(
         0.01, "Share of the images that may be unreadable and are replaced; above it the run stops.", within="[0, 1]"
     )

@@ -29,6 +29,7 @@ FREE_TO_CHANGE = (
     "data.data_dir",
     "data.threads",
     "data.prefetch",
+    "data.read_timeout",
     "data.max_bad_fraction",
     "model.layers",
     "model.remat",

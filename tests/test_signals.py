@@ -15,7 +15,10 @@ DIGITS = ["cjepa_jax.main", "--config=configs/digits.py", *SMALL]
 
 def start(*arguments: str, first: str = "") -> subprocess.Popen[str]:
     """Runs a command as `python -m` does; the code `first` changes its modules before."""
-    code = f"import sys, runpy\nsys.argv[0] = '-m'\n{first}\nrunpy.run_module({arguments[0]!r}, run_name='__main__')"
+    # Where the tests run in the background, SIGINT may be ignored.
+    heard = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)"
+    module = f"runpy.run_module({arguments[0]!r}, run_name='__main__')"
+    code = f"{heard}\nimport sys, runpy\nsys.argv[0] = '-m'\n{first}\n{module}"
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments[1:]],
         cwd=ROOT,
@@ -23,8 +26,6 @@ def start(*arguments: str, first: str = "") -> subprocess.Popen[str]:
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        # Where the tests run in the background, SIGINT may be ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

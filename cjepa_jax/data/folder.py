@@ -1,8 +1,10 @@
 """Finds the splits, the labels and the files of a folder of images; the files are in a fixed random order."""
 
 import dataclasses
+import functools
 import hashlib
 import os
+import sys
 from collections.abc import Iterator
 
 from cjepa_jax.errors import UserError, require
@@ -46,6 +48,7 @@ def fingerprint(files: list[ImageFile]) -> str:
 def scan(root: str) -> Folder:
     """Lists the image files below `root`, however deep, by their suffixes; hidden ones are left out.
 
+    What has such a suffix and is no file, such as a pipe, a device or a link that leads nowhere, is named on stderr.
     Raises UserError where there is no such folder or no image in it.
     """
     root = os.path.expanduser(root)
@@ -87,8 +90,17 @@ def _walk(root: str, below: str) -> Iterator[tuple[str, int]]:
                 real = os.path.realpath(entry.path)
                 if real not in above:
                     open_folders.append((path + "/", (*above, real)))
-            elif entry.name.lower().endswith(SUFFIXES) and entry.is_file():
-                yield path, entry.stat().st_size
+            elif entry.name.lower().endswith(SUFFIXES):
+                if entry.is_file():
+                    yield path, entry.stat().st_size
+                else:
+                    _say(f"skipped {entry.path}: it is no file, but a pipe, a device or a link that leads nowhere")
+
+
+@functools.cache
+def _say(line: str) -> None:
+    """Prints a line once, however often the folder is listed."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def _classes(paths: list[str]) -> dict[str, str]:

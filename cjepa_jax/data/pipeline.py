@@ -22,7 +22,7 @@ from jaxtyping import Int32, UInt8
 
 from cjepa_jax.batch import NO_LABEL, Batch
 from cjepa_jax.config import Data
-from cjepa_jax.data import decode
+from cjepa_jax.data import decode, waiting
 from cjepa_jax.data.augment import Augmentation, augment
 from cjepa_jax.data.sources import Source
 from cjepa_jax.errors import UserError, one_line, require
@@ -203,7 +203,7 @@ def labelled_batches(
     be read, or lies behind the last one, is zeros with the label NO_IMAGE; an
     image without a label has NO_LABEL.
 
-    Raises UserError where too many images cannot be read.
+    Raises UserError where too many images cannot be read, and StalledError where one does not come.
     """
     data, rows = reader.data, range(size) if rows is None else rows
     nothing = np.zeros((data.image_size, data.image_size, data.channels), np.uint8), NO_IMAGE
@@ -214,13 +214,16 @@ def labelled_batches(
                 return view(int(indices[position]))
         return nothing
 
-    with concurrent.futures.ThreadPoolExecutor(threads(data)) as pool:
-        ahead: list[Iterator[tuple[np.ndarray, int | None]]] = []
+    pool = concurrent.futures.ThreadPoolExecutor(threads(data))
+    try:
+        ahead: list[list[concurrent.futures.Future[tuple[np.ndarray, int | None]]]] = []
         for start in range(0, len(indices) + size, size):  # read one batch ahead of what the caller works on
             if start < len(indices):
-                ahead.append(pool.map(one, [start + row for row in rows]))
+                ahead.append([pool.submit(one, start + row) for row in rows])
             if start:
-                yield _stack([list(ahead.pop(0))])
+                yield _stack([[waiting.result(image, timeout=data.read_timeout) for image in ahead.pop(0)]])
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # a read may hang
 
 
 def ordered_batches(

@@ -38,7 +38,7 @@ from etils import epath
 from tqdm import tqdm
 
 from cjepa_jax import command, signals
-from cjepa_jax.data import decode, folder, shard_file
+from cjepa_jax.data import decode, folder, shard_file, waiting
 from cjepa_jax.errors import UserError, one_line, require
 from cjepa_jax.files import TEMPORARY, write_whole
 
@@ -153,7 +153,7 @@ def _write_shards(
     total, left = (sum(len(shard.files) for shard in some) for some in (shards, todo))
     files = itertools.chain.from_iterable(shard.files for shard in todo)
     with (
-        ThreadPoolExecutor(threads) as pool,
+        _pool(threads) as pool,
         tqdm(total=total, initial=total - left, unit="image", disable=not sys.stderr.isatty()) as bar,
     ):
         results = _in_order(pool, record, files, window=2 * threads)
@@ -166,15 +166,25 @@ def _write_shards(
                 print(f"{total - left}/{total} images", file=sys.stderr, flush=True)
 
 
+@contextlib.contextmanager
+def _pool(threads: int) -> Iterator[Executor]:
+    """Makes threads that nothing waits for at the end: one may hang in a read."""
+    pool = ThreadPoolExecutor(threads)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
 def _in_order(pool: Executor, function: Callable, items: Iterable, *, window: int) -> Iterator:
     """Works like `pool.map`, but holds at most `window` results."""
     futures: collections.deque[Future] = collections.deque()
     for item in items:
         futures.append(pool.submit(function, item))
         if len(futures) >= window:
-            yield futures.popleft().result()
+            yield waiting.result(futures.popleft())
     while futures:
-        yield futures.popleft().result()
+        yield waiting.result(futures.popleft())
 
 
 def _record(
@@ -182,8 +192,10 @@ def _record(
 ) -> bytes | str:
     """Returns the record of an image, or the reason why there is none."""
     try:
-        with open(os.path.join(root, file.path), "rb") as opened:
-            image = decode.shrink_file(opened.read(), short_side=settings["short_side"], quality=settings["quality"])
+        path = os.path.join(root, file.path)
+        with waiting.reading(lambda: path), open(path, "rb") as opened:
+            raw = opened.read()
+        image = decode.shrink_file(raw, short_side=settings["short_side"], quality=settings["quality"])
     except decode.UnreadableError as error:
         return one_line(error)
     except OSError as error:

@@ -25,7 +25,7 @@ import numpy as np
 from etils import epath
 
 from cjepa_jax.config import Data
-from cjepa_jax.data import folder
+from cjepa_jax.data import folder, waiting
 from cjepa_jax.data.decode import UnreadableError
 from cjepa_jax.errors import UserError, one_line, require
 
@@ -48,7 +48,8 @@ class Source:
     def read(self, index: int) -> Record:
         """Returns record `index`. Raises UnreadableError where the storage does not give it."""
         try:
-            return self.records[index]
+            with waiting.reading(lambda: self.name(index)):
+                return self.records[index]
         except Exception as error:  # each kind of storage fails in its own way
             raise UnreadableError(f"{type(error).__name__}: {error}") from error
 

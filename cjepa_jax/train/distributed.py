@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 
 from cjepa_jax.errors import UserError, one_line, require
 
+_NOTICE = 60.0  # seconds of a step
 GO_ON, STOP, FAIL = range(3)  # what a process may ask of all; the largest counts
 
 
@@ -67,6 +68,18 @@ def meet(name: str) -> None:
 def told_by_first(value: bool) -> bool:
     """Gives what process 0 says; all processes wait for it."""
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(value, np.int32)))
+
+
+def wait_for(results: Any) -> None:
+    """Waits until the devices have computed some arrays; says after a minute that other processes are waited for."""
+    since = time.monotonic()
+    while jax.process_count() > 1 and not all(x.is_ready() for x in jax.tree.leaves(results)):
+        time.sleep(0.0005)
+        if time.monotonic() - since > _NOTICE:
+            text = "waiting for the other processes: a step has taken a minute; one that waits for an image names it"
+            print(text, file=sys.stderr, flush=True)
+            break
+    jax.block_until_ready(results)
 
 
 class Consensus:

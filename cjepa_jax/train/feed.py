@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from cjepa_jax.batch import Batch
+from cjepa_jax.data import waiting
 from cjepa_jax.train import sharding
 
 
@@ -19,9 +20,14 @@ class Feed:
     seconds_waited = 0.0
     failure: Exception | None = None  # of this process, among several; the others must hear of it before it leaves
 
-    def __init__(self, batches: grain.DatasetIterator, shapes: Batch, check: Callable[[Batch], None]):
-        """Starts reading `batches`, this process's rows of the global batch of `shapes`; `check` sees each of them."""
-        self._batches, self._shapes, self._check = batches, shapes, check
+    def __init__(
+        self, batches: grain.DatasetIterator, shapes: Batch, check: Callable[[Batch], None], timeout: float = 0
+    ):
+        """Starts reading `batches`, this process's rows of the global batch of `shapes`; `check` sees each of them.
+
+        timeout: seconds that an image may take to be read; 0: any time.
+        """
+        self._batches, self._shapes, self._check, self._timeout = batches, shapes, check, timeout
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
         self._next = self._thread.submit(self._fetch)
 
@@ -34,12 +40,16 @@ class Feed:
         return jax.tree.map(sharding.from_local_rows, batch, self._shapes)
 
     def take(self, running: Any) -> Batch:
-        """Gives the next batch; `running` are results of the step that the devices work on meanwhile."""
+        """Gives the next batch; `running` are results of the step that the devices work on meanwhile.
+
+        Raises what went wrong with the batch, such as StalledError where an image does not come. With several
+        processes, it gives zeros then and sets `failure`.
+        """
         while not (self._next.done() or all(x.is_ready() for x in jax.tree.leaves(running))):
             time.sleep(0.0005)
         idle_since = time.perf_counter()
         try:
-            batch = self._next.result()
+            batch = waiting.result(self._next, timeout=self._timeout)
         except Exception as error:
             if jax.process_count() == 1:
                 raise
@@ -52,7 +62,8 @@ class Feed:
         return batch
 
     def __exit__(self, *_):
-        self._thread.shutdown()
+        concurrent.futures.wait([self._next], timeout=waiting.HANGS)
+        self._thread.shutdown(wait=self._next.done())  # a read may hang
         self._batches.close()
 
 

@@ -9,7 +9,7 @@ from etils import epath
 
 from cjepa_jax import plots, signals
 from cjepa_jax.config import Config
-from cjepa_jax.data import pipeline
+from cjepa_jax.data import pipeline, waiting
 from cjepa_jax.errors import UserError
 from cjepa_jax.evaluate import report
 from cjepa_jax.methods.base import Metrics
@@ -34,7 +34,8 @@ def train(
 
     Raises UserError for settings that do not fit the data, the devices or the workdir, before anything is compiled or
     written, where another run trains in the workdir, and where images or a checkpoint cannot be read; DivergedError
-    when the loss is not finite, whereupon the checkpoints are those from before; LockLostError when another run has
+    when the loss is not finite, whereupon the checkpoints are those from before; StalledError where an image is not
+    read in time, after the state has been saved (by a single process); LockLostError when another run has
     taken the workdir over, which only happens to a run that was paused for long.
     """
     run = set_up(config, workdir, init)
@@ -69,6 +70,7 @@ def _train(run: Training, workdir: epath.Path, held: lock.Lock, profile: tuple[i
     recorder = Recorder(workdir, seed=config.seed, start=start, params=state.params)
     observe = jax.jit(diagnose)
     step, asked, skipped = start, distributed.GO_ON, 0
+    stalled: waiting.StalledError | None = None  # an image does not come, and the run leaves without it
     running: Any = ()  # the metrics of the step that the devices work on
     pending = None  # metrics are fetched one step late, so that the devices never wait for the host
 
@@ -81,8 +83,9 @@ def _train(run: Training, workdir: epath.Path, held: lock.Lock, profile: tuple[i
     with (
         contextlib.closing(checkpoints),
         contextlib.closing(log),
-        Feed(batches, program.batch, check) as feed,
+        Feed(batches, program.batch, check, config.data.read_timeout) as feed,
         signals.Stop() as stop,
+        waiting.until(lambda: stop.requested),
         _Profiler(workdir, profile) as profiler,
     ):
         if start in probes and not distributed.told_by_first(log.has_evaluation(start)):  # the run ended meanwhile
@@ -90,10 +93,14 @@ def _train(run: Training, workdir: epath.Path, held: lock.Lock, profile: tuple[i
         while step < steps and asked == distributed.GO_ON:
             profiler.tick(step)
             with jax.transfer_guard("disallow"):  # nothing moves between host and devices unless it is asked for
-                batch = feed.take(running)
+                try:
+                    batch = feed.take(running)
+                except waiting.StalledError as error:
+                    stalled = error
+                    break
                 state, step_metrics, observed = program.step(state, batch, rng_step)
                 stop.listen()  # until the first step is compiled, there is nothing to save
-                jax.block_until_ready(running)  # one step ahead is enough; without end, images would pile up there
+                distributed.wait_for(running)  # one step ahead is enough; without end, images would pile up there
                 asked = consensus.result()
             saves = checkpoints.due(step + 1) or step + 1 == steps or asked != distributed.GO_ON
             if saves:
@@ -119,12 +126,23 @@ def _train(run: Training, workdir: epath.Path, held: lock.Lock, profile: tuple[i
             if saves:
                 checkpoints.save(step, state)
             if step in probes:
-                probe()
+                try:
+                    probe()
+                except waiting.StalledError as error:
+                    stalled = error
+                    break
             for name, reason in list(reader.unreadable.items())[skipped:]:
                 log.note(f"skipped {name}: {reason}")
                 skipped += 1
         _flush(log, recorder, alarm, pending)
         held.check()
+        if stalled:
+            if step > start and jax.process_count() == 1:  # several would have to save together
+                recorder.check(step, running, saved=True)
+                checkpoints.save(step, state)
+            if not stop.requested or jax.process_count() > 1:
+                raise stalled
+            log.note(str(stalled))
         owes = run.evaluation is not None and step == steps
         owes = owes and not distributed.told_by_first(log.has_evaluation(step) and report.is_of(workdir, step))
         if run.evaluation and owes and asked == distributed.GO_ON:

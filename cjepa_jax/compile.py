@@ -30,18 +30,13 @@ from cjepa_jax import command
 from cjepa_jax.errors import UserError, require
 from cjepa_jax.files import check_writable
 from cjepa_jax.tpu import chips, cost
+from cjepa_jax.tpu.chips import ENVIRONMENT
 
 _TOPOLOGY = flags.DEFINE_string("topology", "", "The TPU slice, e.g. v5e:8x8.")
 _LAYER = flags.DEFINE_bool("layer", False, "One layer of each transformer instead of the whole step.")
 _IMAGES = flags.DEFINE_integer("images", 1281167, "Training images of an epoch.", lower_bound=1)
 _CLASSES = flags.DEFINE_integer("classes", 1000, "Classes of the labels.", lower_bound=1)
 _OUTPUT = flags.DEFINE_string("output", None, "Where the JSON goes.")
-
-# These run the compiler without a TPU. The last two keep it from complaining that there is none, and the cache of
-# compiled programs is off because a program for a TPU cannot be read back from it here.
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-ENVIRONMENT |= {"JAX_ENABLE_COMPILATION_CACHE": "false"}
-ENVIRONMENT |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
 
 
 def _run() -> None:

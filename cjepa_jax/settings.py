@@ -32,6 +32,7 @@ FREE_TO_CHANGE = (
     "data.read_timeout",
     "data.max_bad_fraction",
     "model.layers",
+    "model.attention",
     "model.remat",
     "mesh.",
     "optim.microbatches",

@@ -10,6 +10,7 @@ import sklearn.datasets
 from absl.testing import flagsaver
 from PIL import Image
 
+from cjepa_jax.bench import attention as bench_attention
 from cjepa_jax.bench import damage as bench_damage
 from cjepa_jax.bench import input as bench
 from cjepa_jax.bench import linear as bench_linear
@@ -70,6 +71,19 @@ def test_every_whole_file_is_read():
             assert pixels.std() > 5, name
 
 
+def test_attention_reads_the_schedule_of_the_inner_loop(tmp_path):
+    bundles = "     0x0   :  { %s0 = smov }\n     0x1 LB: > { %v1 = vld }\n"
+    bundles += "     0x2   : > > { %v2 = vadd }\n     0x3 LE: > > { %v3 = vst }\n     0x4 PF: > > { %v4 = vnop }\n"
+    (tmp_path / "17-attention_forward_3x64.1-70-final_bundles.txt").write_text(bundles)
+    (tmp_path / "17-attention_forward_3x64.1-71-schedule-analysis_final_bundles.txt").write_text("     0x0   : { }\n")
+    (tmp_path / "17-attention_forward_3x64.1-35-critical-path.txt").write_text(
+        "New basic block in region1\nLength to end: 7\nNew basic block in region2\nLength to end: 845\n"
+    )
+    assert bench_attention.read_schedule(tmp_path, "attention_forward_3x64") == (3, 845)
+    with pytest.raises(FileNotFoundError, match="no schedule of attention_backward_3x64"):
+        bench_attention.read_schedule(tmp_path, "attention_backward_3x64")
+
+
 def test_linear_measures_both_ways():
     said = bench_linear.measure(images=64, width=8, classes=3, members=2, batch_size=32, rounds=1)
     assert re.search(r"^one by one +\d+ ms an epoch\n\d+\.\d times as fast in the median", said, re.MULTILINE)
@@ -84,6 +98,8 @@ def test_linear_measures_both_ways():
         (bench_linear, ["--batch-size=x"], "--batch-size"),
         (bench_linear, ["--size=3"], "'size'"),
         (bench_damage, ["--count=0"], "--count"),
+        (bench_attention, ["--shape=56x12"], "--shape=56x12 is not like 56x12x64"),
+        (bench_attention, ["--chip=v9"], "--chip"),
     ],
 )
 def test_mistakes_are_one_line(module, arguments, message, monkeypatch, capsys):
@@ -102,7 +118,7 @@ def test_the_command_takes_its_flags(monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("2 members, 64 images of 8 features, 3 classes, batches of 32, ")
 
 
-@pytest.mark.parametrize("module", [bench, bench_linear, bench_damage])
+@pytest.mark.parametrize("module", [bench, bench_linear, bench_damage, bench_attention])
 def test_help_is_the_docstring(module, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench", "--help"])
     with flagsaver.flagsaver(), pytest.raises(SystemExit) as stop:

@@ -44,7 +44,11 @@ def test_layers_compile_within_their_budget(tmp_path):
     )
     layers = report["layers"]
     for layer in layers.values():
-        assert layer["matmul_flops"] == layer["useful_flops"]
+        # But for the scores, which the backward pass of attention computes anew.
+        anew = layer["sequences"] // 4 * 2 * layer["tokens"] ** 2 * layer["width"] if layer["trained"] else 0
+        assert layer["matmul_flops"] == layer["useful_flops"] + anew
+        assert {k["name"] for k in layer["kernels"]} >= {f"attention_forward_3x{layer['width'] // 3}"}
+        assert 0 < layer["kernel_seconds"] < layer["compute_seconds"]
         assert layer["predicted_mfu"] < 1
     assert layers["target"]["collectives"] == []
     width = 192
@@ -52,7 +56,7 @@ def test_layers_compile_within_their_budget(tmp_path):
     parameters = 12 * width**2 + 13 * width
     assert 2 * parameters <= gradients <= 4 * parameters  # bfloat16 where the products are, float32 in the norms
     cycles = {name: layer["cycles"] for name, layer in layers.items()}
-    budget = {"context": 693_000, "target": 575_000, "predictor": 8_100_000}
+    budget = {"context": 394_000, "target": 403_000, "predictor": 4_712_000}
     assert all(cycles[name] < 1.05 * budget[name] for name in budget), cycles
 
 
@@ -72,7 +76,9 @@ def test_ti_fits_four_v5e_chips(tmp_path):
     assert 0.95 < report["useful_of_compiled_flops"] < 1.01
     assert not any(name.startswith("while") for name in report["not_costed"])
     assert 0.03 < report["predicted_mfu"] < 1
-    assert report["predicted_step_seconds"] == report["compute_seconds"] + report["collective_seconds"]
+    assert report["predicted_step_seconds"] == sum(
+        report[f"{part}_seconds"] for part in ("compute", "kernel", "collective")
+    )
     assert report["predicted_chip_hours"] == pytest.approx(4 * report["predicted_hours"])
     assert report["steps"] == round(600 * 1281167 / 256)
     reduced = sum(c["times"] * c["operand_bytes"] for c in report["collectives"] if c["opcode"] == "all-reduce")
@@ -147,7 +153,7 @@ from cjepa_jax.tpu import compile
 from configs import vith14
 config = parse(vith14.get_config().to_dict(), CJEPA.settings)
 for slice, chips in {"v5e:8x8": 64, "v6e:8x8": 64, "v4:4x8x8": 256, "v5p:4x4x4": 64}.items():
-    assert dict(compile.make_mesh(config, slice).shape) == {"data": chips // 16, "fsdp": 16}, slice
+    assert dict(compile.make_mesh(config.mesh, slice).shape) == {"data": chips // 16, "fsdp": 16}, slice
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

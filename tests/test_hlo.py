@@ -2,7 +2,7 @@
 
 import pytest
 
-from cjepa_jax.tpu import hlo
+from cjepa_jax.tpu import hlo, kernels
 
 CONFIG = 'backend_config={"flag_configs":[],"window_config":{"kernel_window_bounds":[],"estimated_cycles":"%s"}}'
 
@@ -101,6 +101,30 @@ def test_tuple_all_reduce_and_the_notations_of_its_groups(groups, size):
 
 def test_what_has_no_estimate_is_listed():
     assert program().uncosted == {"copy-start": (1, 64 * 8 + 4), "custom-call tpu_custom_call": (1, 256)}
+
+
+def test_a_kernel_says_its_own_flops():
+    """Its name is the last one before "pallas_call", whatever JAX wraps around it."""
+    attributes = """custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/transpose(jvp(NAME))/pallas_call"},
+backend_config={"custom_call_config":{"body":"TUzv","cost_estimate":{"flops":"700","bytes_accessed":"16"}}}"""
+    text = f"""HloModule jit_step
+
+ENTRY %main (p: bf16[4,56,576]) -> bf16[4,56,192] {{
+  %p = bf16[4,56,576]{{2,1,0}} parameter(0)
+  %m = f32[4,56,1]{{2,1,0}} copy(%p)
+  ROOT %k = bf16[4,56,192]{{2,1,0}} custom-call(%m, %p), {attributes}
+}}
+""".replace("\nbackend", " backend")
+    result = hlo.analyse(text.replace("NAME", "attention_forward_3x64"))
+    (kernel,) = result.kernels
+    assert kernel == ("attention_forward_3x64", "f32[4,56,1], bf16[4,56,576]", 1, 700, 2 * 4 * 56 * 192)
+    assert result.matmul_flops == 700 and "custom-call tpu_custom_call" not in result.uncosted
+    forward, _ = kernels.CYCLES["v5e"][56, 3, 64, True]
+    assert kernels.cycles(kernel._replace(times=5), "v5e") == 5 * 4 * forward
+    assert kernels.cycles(kernel, "v9") is None
+    assert kernels.cycles(kernel._replace(operands="bf16[4,57,576]"), "v5e") is None
+    other = hlo.analyse(text.replace("NAME", "mine")).kernels[0]
+    assert kernels.cycles(other, "v5e") is None
 
 
 def test_asynchronous_collectives_count_once():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from cjepa_jax.models.vit import LAYER_NORM_EPS, LayerNorm, layer_norm
+from cjepa_jax.models.layer_norm import LAYER_NORM_EPS, LayerNorm, layer_norm
 
 
 def inputs(shape, *, scale=3.0, offset=1.0):

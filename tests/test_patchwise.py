@@ -15,7 +15,8 @@ from cjepa_jax.config import Model
 from cjepa_jax.errors import UserError
 from cjepa_jax.evaluate import attention as maps
 from cjepa_jax.evaluate import davis
-from cjepa_jax.models.vit import Block, build_encoder, interpolate_positions, layer_norm, patchify, sincos_positions
+from cjepa_jax.models.layer_norm import layer_norm
+from cjepa_jax.models.vit import Block, build_encoder, interpolate_positions, patchify, sincos_positions
 from tests.test_evaluate import freeze, settings
 
 SIZE = 16

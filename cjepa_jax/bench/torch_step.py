@@ -15,8 +15,9 @@ from cjepa_jax.errors import require
 from cjepa_jax.interop.torch_names import ENCODER, PREDICTOR, to_torch
 from cjepa_jax.methods.cjepa import CJEPA
 from cjepa_jax.methods.losses import TARGET_NORM_EPS
+from cjepa_jax.models.layer_norm import LAYER_NORM_EPS
 from cjepa_jax.models.masking import Masks
-from cjepa_jax.models.vit import LAYER_NORM_EPS, sincos_positions
+from cjepa_jax.models.vit import sincos_positions
 
 
 class TorchBlock(nn.Module):

@@ -17,7 +17,8 @@ from cjepa_jax.config import Data, Model
 from cjepa_jax.data import pipeline
 from cjepa_jax.errors import require
 from cjepa_jax.evaluate.sets import Labelled
-from cjepa_jax.models.vit import Encoder, build_encoder, layer_norm, normalise, parse_size, patchify
+from cjepa_jax.models.layer_norm import layer_norm
+from cjepa_jax.models.vit import Encoder, build_encoder, normalise, parse_size, patchify
 from cjepa_jax.train import sharding
 
 Params = Mapping[str, Any]

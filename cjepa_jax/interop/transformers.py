@@ -12,7 +12,8 @@ from cjepa_jax.files import read_json
 from cjepa_jax.interop import card, safetensors_files, torch_names
 from cjepa_jax.interop.safetensors_files import merge_options
 from cjepa_jax.interop.tensors import ImportOptions, OpenedCheckpoint, class_count, to_contiguous_tensors
-from cjepa_jax.models.vit import LAYER_NORM_EPS, parse_size
+from cjepa_jax.models.layer_norm import LAYER_NORM_EPS
+from cjepa_jax.models.vit import parse_size
 from cjepa_jax.pretrained import Pretrained
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, PyTree
 from cjepa_jax.batch import Batch
 from cjepa_jax.config import Config
 from cjepa_jax.data.augment import Augmentation
+from cjepa_jax.models.attention import Attend, attend_xla
 from cjepa_jax.models.masking import Masks
 
 Params = Mapping[str, PyTree[Array]]  # name of a network -> its parameters, float32
@@ -64,6 +65,7 @@ class Method(abc.ABC):
     config: Config
     classes: int = 0  # of the training images' labels; 0 where they have none
     gather: Callable[[Any], Any] | None = None  # makes a block's parameters whole where devices hold parts of them
+    attend: Attend = attend_xla  # how blocks compute attention
 
     settings: ClassVar[type[Config]] = Config  # the class of `config`
     averaged: ClassVar[Mapping[str, str]] = {}  # name of a moving average -> the network that it follows

@@ -80,12 +80,13 @@ class CJEPA(Method):
     @cached_property
     def encoder(self) -> Encoder:
         """Builds the network of context and target encoder alike."""
-        return build_encoder(self.config.model, grid=self.config.grid, gather=self.gather)
+        return build_encoder(self.config.model, grid=self.config.grid, gather=self.gather, attend=self.attend)
 
     @cached_property
     def predictor(self) -> Predictor:
         """Builds the network from context features to target features."""
-        return build_predictor(self.config.predictor, self.config.model, grid=self.config.grid, gather=self.gather)
+        config = self.config
+        return build_predictor(config.predictor, config.model, grid=config.grid, gather=self.gather, attend=self.attend)
 
     @cached_property
     def projector(self) -> Projector:

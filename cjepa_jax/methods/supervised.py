@@ -122,7 +122,7 @@ class Supervised(Method):
     @cached_property
     def encoder(self) -> Encoder:
         """Builds the encoder; its positions are those of the grid that `data.image_size` gives."""
-        return build_encoder(self.config.model, grid=self.config.grid, gather=self.gather)
+        return build_encoder(self.config.model, grid=self.config.grid, gather=self.gather, attend=self.attend)
 
     @property
     def views(self) -> tuple[Augmentation, ...]:

@@ -16,6 +16,8 @@ from einops import rearrange, repeat
 
 from cjepa_jax.config import Model
 from cjepa_jax.errors import require
+from cjepa_jax.models.attention import Attend, attend_xla
+from cjepa_jax.models.layer_norm import layer_norm
 from cjepa_jax.models.masking import Masks
 from cjepa_jax.models.vit import (
     Block,
@@ -23,7 +25,6 @@ from cjepa_jax.models.vit import (
     apply_blocks,
     check_positions,
     kernel_init,
-    layer_norm,
     parse_size,
     sincos_positions,
 )
@@ -71,14 +72,19 @@ class Predictor(nn.Module):
             axis=1,
         )
         x = jnp.concatenate([x, targets], axis=1)
-        make = functools.partial(Block, self.heads, 4, self.init_scheme, self.dtype)
+        make = functools.partial(Block, self.heads, 4, self.init_scheme, self.dtype, self.layers.attend)
         x = apply_blocks(self, make, self.depth, self.layers, x, valid)
         x = layer_norm(x[:, -length:], name="norm")
         return rearrange(dense(self.features, "head")(x), "(b m) k d -> b m k d", m=blocks).astype(jnp.float32)
 
 
 def build_predictor(
-    predictor: PredictorConfig, model: Model, *, grid: int, gather: Callable[[Any], Any] | None = None
+    predictor: PredictorConfig,
+    model: Model,
+    *,
+    grid: int,
+    gather: Callable[[Any], Any] | None = None,
+    attend: Attend = attend_xla,
 ) -> Predictor:
     """Builds the predictor that a config describes, with the encoder's heads.
 
@@ -98,5 +104,5 @@ def build_predictor(
         grid=grid,
         init_scheme=model.init,
         dtype=jnp.dtype(model.dtype),
-        layers=Layers(model.layers == "scanned", model.remat, gather),
+        layers=Layers(model.layers == "scanned", model.remat, gather, attend),
     )

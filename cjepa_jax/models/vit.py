@@ -18,9 +18,9 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from cjepa_jax.config import Model
 from cjepa_jax.errors import UserError, nearest, require
-from cjepa_jax.models.attention import attend
+from cjepa_jax.models.attention import Attend, attend_xla, split_heads
+from cjepa_jax.models.layer_norm import layer_norm
 
-LAYER_NORM_EPS = 1e-6
 _LARGEST = 16384, 256, 1024, 64  # width, depth, heads and MLP ratio of a size
 _MOST_POSITIONS = 2**25  # numbers of the position embedding; of a ViT-g more than 20,000 patches
 
@@ -149,55 +149,25 @@ def take(tokens: Float[Array, "B N D"], idx: Int[Array, "B *K"]) -> Float[Array,
     return flat.reshape(*idx.shape, tokens.shape[-1])
 
 
-def layer_norm(x: jax.Array, *, name: str | None = None, params: Any = None) -> jax.Array:
-    """LayerNorm over the last axis, as a child of the module that calls it, or with given parameters; gives float32."""
-    if params is None:
-        return cast(jax.Array, LayerNorm(name=name)(x))
-    return _normed(x, params["scale"], params["bias"])
-
-
-class LayerNorm(nn.Module):
-    """Normalises the last axis; statistics and result are float32."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps x [..., D] to the same shape."""
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
-        return _normed(x, scale, self.param("bias", nn.initializers.zeros, x.shape[-1:]))
-
-
-@jax.custom_vjp
-def _normed(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
-    return _norm_forward(x, scale, bias)[0]
-
-
-def _norm_forward(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, Any]:
-    wide = x.astype(jnp.float32)
-    mean = wide.mean(axis=-1, keepdims=True)
-    centred = wide - mean
-    inverse = jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + LAYER_NORM_EPS)
-    to_rows = (1,) * (x.ndim - 1) + (-1,)
-    return centred * (inverse * scale.reshape(to_rows)) + bias.reshape(to_rows), (x, mean, inverse, scale)
-
-
-def _norm_backward(saved: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Reduces each row twice only, and wants nothing saved but x as it came and two numbers a row."""
-    x, mean, inverse, scale = saved
-    normed = (x.astype(jnp.float32) - mean) * inverse
-    scaled = gradient * scale.reshape((1,) * (x.ndim - 1) + (-1,))
-    along = (scaled * normed).mean(axis=-1, keepdims=True)
-    d_x = inverse * (scaled - scaled.mean(axis=-1, keepdims=True) - normed * along)
-    rows = tuple(range(x.ndim - 1))
-    return d_x.astype(x.dtype), (gradient * normed).sum(rows), gradient.sum(rows)
-
-
-_normed.defvjp(_norm_forward, _norm_backward)
-
-
 def gelu(x: jax.Array) -> jax.Array:
     """Computes the exact GELU, by erf in float32: `jax.nn.gelu` uses erfc, which takes twice the time on CPU."""
     y = x.astype(jnp.float32)
     return (0.5 * y * (1 + jax.lax.erf(y * 0.5**0.5))).astype(x.dtype)
+
+
+class QKV(nn.Module):
+    """Computes queries, keys and values as one product, whose bias is left to attention."""
+
+    init_scheme: Literal["normal", "fan_in"]
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Maps x [B, K, D] to the product [B, K, 3D] and the bias [3D]."""
+        width = x.shape[-1]
+        kernel = self.param("kernel", kernel_init(self.init_scheme), (width, 3 * width))
+        bias = self.param("bias", nn.initializers.zeros, (3 * width,))
+        return x.astype(self.dtype) @ kernel.astype(self.dtype), bias
 
 
 class Block(nn.Module):
@@ -207,6 +177,7 @@ class Block(nn.Module):
     mlp_ratio: float
     init_scheme: Literal["normal", "fan_in"]
     dtype: jnp.dtype
+    attend: Attend = attend_xla
 
     @nn.compact
     def __call__(self, x: jax.Array, valid: jax.Array | None = None, keep: jax.Array | None = None) -> jax.Array:
@@ -225,10 +196,11 @@ class Block(nn.Module):
             return (branch.astype(jnp.float32) * keep[number, :, None, None]).astype(branch.dtype)
 
         y = layer_norm(x, name="norm1")
-        qkv = rearrange(dense(3 * width, "qkv")(y), "b k (three h d) -> three b k h d", three=3, h=self.heads)
-        q, k, v = qkv
-        self.sow("intermediates", "queries_and_keys", (q, k))  # nothing, unless the caller makes it mutable
-        x = x + scaled(dense(width, "proj")(rearrange(attend(q, k, v, valid), "b k h d -> b k (h d)")), 0)
+        qkv, bias = QKV(self.init_scheme, self.dtype, name="qkv")(y)
+        self.sow("intermediates", "queries_and_keys", split_heads(qkv, bias, self.heads)[:2])  # where it is mutable
+        # Parameters are drawn on a single sequence, which devices cannot share.
+        attend = attend_xla if self.is_initializing() else self.attend
+        x = x + scaled(dense(width, "proj")(attend(qkv, bias, valid, heads=self.heads)), 0)
 
         y = layer_norm(x, name="norm2")
         y = gelu(dense(round(width * self.mlp_ratio), "fc1")(y))
@@ -241,6 +213,7 @@ class Layers(NamedTuple):
     scanned: bool  # one compiled block in a loop, rather than `depth` of them
     remat: Literal["none", "dots", "full"]  # what the backward pass computes anew: nothing, all but Dense outputs, all
     gather: Callable[[Any], Any] | None = None  # makes a block's parameters whole; anew on the way back
+    attend: Attend = attend_xla
 
 
 def apply_blocks(
@@ -318,18 +291,25 @@ class Encoder(nn.Module):
             patches
         )
         x = x + positions.astype(self.dtype)
-        make = functools.partial(Block, self.size.heads, self.size.mlp_ratio, self.init_scheme, self.dtype)
+        make = functools.partial(
+            Block, self.size.heads, self.size.mlp_ratio, self.init_scheme, self.dtype, self.layers.attend
+        )
         x = apply_blocks(self, make, self.size.depth, self.layers, x, valid, keep)
         return layer_norm(x, name="norm")
 
 
 def build_encoder(
-    model: Model, *, grid: int, gather: Callable[[Any], Any] | None = None, trained_grid: int | None = None
+    model: Model,
+    *,
+    grid: int,
+    gather: Callable[[Any], Any] | None = None,
+    attend: Attend = attend_xla,
+    trained_grid: int | None = None,
 ) -> Encoder:
     """Builds the encoder that a config describes; `trained_grid` is its grid in training, where that was another.
 
     Raises UserError for a size that does not exist, or too many patches.
     """
-    size, layers = parse_size(model.size), Layers(model.layers == "scanned", model.remat, gather)
+    size, layers = parse_size(model.size), Layers(model.layers == "scanned", model.remat, gather, attend)
     check_positions(size.width, max(grid, trained_grid or grid))
     return Encoder(size, grid, model.init, jnp.dtype(model.dtype), layers, trained_grid)

@@ -6,6 +6,12 @@ from cjepa_jax.errors import require
 
 GIB = 2**30
 
+# These run the compiler without a TPU. The last two keep it from complaining that there is none, and the cache of
+# compiled programs is off because a program for a TPU cannot be read back from it here.
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+ENVIRONMENT |= {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+ENVIRONMENT |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -16,6 +22,7 @@ class Chip:
     chips of 6 links. Clocks: with these an 8192^3 product shows 88 to 93 % of the peak; v6e's is not calibrated.
     """
 
+    name: str
     flops: float  # per second, bfloat16
     hbm: int  # bytes
     clock: float  # Hz
@@ -26,10 +33,10 @@ class Chip:
 _SLICES_2D = "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16"
 _SLICES_3D = "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16"
 CHIPS = {
-    "v4": Chip(275e12, 32 * GIB, 1.05e9, 45e9, _SLICES_3D),
-    "v5e": Chip(197e12, 16 * GIB, 1.5e9, 50e9, _SLICES_2D),
-    "v5p": Chip(459e12, 95 * GIB, 1.75e9, 100e9, _SLICES_3D + " 16x16x16 16x16x24"),
-    "v6e": Chip(918e12, 32 * GIB, 1.75e9, 100e9, _SLICES_2D),
+    "v4": Chip("v4", 275e12, 32 * GIB, 1.05e9, 45e9, _SLICES_3D),
+    "v5e": Chip("v5e", 197e12, 16 * GIB, 1.5e9, 50e9, _SLICES_2D),
+    "v5p": Chip("v5p", 459e12, 95 * GIB, 1.75e9, 100e9, _SLICES_3D + " 16x16x16 16x16x24"),
+    "v6e": Chip("v6e", 918e12, 32 * GIB, 1.75e9, 100e9, _SLICES_2D),
 }
 CLOCK_NOT_CALIBRATED = ("v6e",)
 

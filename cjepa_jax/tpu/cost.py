@@ -2,12 +2,13 @@
 
 from typing import Any
 
-from cjepa_jax.tpu import chips, hlo
+from cjepa_jax.tpu import chips, hlo, kernels
 
 METHOD = """\
 Predicted, not measured: the TPU compiler's cycle estimates for its own schedule, each as often as its loop runs, plus
-the time in which a chip could send each collective over all its ICI links at full rate, nothing overlapping. Tiling,
-padding and layout copies are in it. Not in it: the operations listed as not costed, stalls, latency, the input
+the critical path of the attention kernels' own schedules (cjepa_jax/tpu/kernels.py), plus the time in which a chip
+could send each collective over all its ICI links at full rate, nothing overlapping. Tiling, padding and layout copies
+are in it. Not in it: the operations listed as not costed, stalls, latency, the input
 pipeline, checkpoints, probes. Good for ranking designs that differ by more than 5 %; it is no throughput."""
 
 
@@ -15,6 +16,12 @@ def describe(compiled: Any, chip: chips.Chip, shape: tuple[int, ...]) -> dict[st
     """Returns what one compiled program costs on one chip of a slice of this shape; all seconds are predicted."""
     memory, program = compiled.memory_analysis(), hlo.analyse(compiled.as_text())
     bandwidth = chips.ici_bandwidth(chip, shape)
+    found = _kernels(program, chip)
+    not_costed = {name: value._asdict() for name, value in program.uncosted.items()}
+    for kernel in found:
+        if kernel["seconds"] is None:
+            name = f"kernel {kernel['name']} of {kernel['operands']}"
+            not_costed[name] = {"times": kernel["times"], "result_bytes": kernel["result_bytes"]}
     collectives = [
         c._asdict() | {"sent_bytes": c.sent_bytes, "seconds": c.sent_bytes / bandwidth if bandwidth else 0.0}
         for c in sorted(program.collectives, key=lambda c: -c.sent_bytes)
@@ -26,11 +33,34 @@ def describe(compiled: Any, chip: chips.Chip, shape: tuple[int, ...]) -> dict[st
         "cycles": program.cycles,
         "costed_operations": len(program.costs),
         "compute_seconds": program.cycles / chip.clock,
+        "kernel_seconds": sum(kernel["seconds"] or 0.0 for kernel in found),
+        "kernels": found,
         "collective_seconds": sum(c["seconds"] for c in collectives),
         "collectives": collectives,
-        "not_costed": {name: value._asdict() for name, value in program.uncosted.items()},
+        "not_costed": not_costed,
         "costliest": [c._asdict() for c in sorted(program.costs, key=lambda c: -c.cycles)[:20]],
     }
+
+
+def _kernels(program: hlo.ProgramCost, chip: chips.Chip) -> list[dict[str, Any]]:
+    """Returns each kernel with the seconds of all its calls, or None where they are not known; equal calls add up."""
+    calls: dict[tuple[str, str], hlo.Kernel] = {}
+    for kernel in program.kernels:
+        key = kernel.name, kernel.operands
+        if key in calls:
+            before = calls[key]
+            kernel = hlo.Kernel(
+                *key,
+                before.times + kernel.times,
+                before.flops + kernel.flops,
+                before.result_bytes + kernel.result_bytes,
+            )
+        calls[key] = kernel
+    cycles = {key: kernels.cycles(kernel, chip.name) for key, kernel in calls.items()}
+    return [
+        kernel._asdict() | {"seconds": None if (known := cycles[key]) is None else known / chip.clock}
+        for key, kernel in calls.items()
+    ]
 
 
 def add_step(report: dict[str, Any], *, useful: float, batch: int, chip: chips.Chip) -> None:
@@ -38,7 +68,7 @@ def add_step(report: dict[str, Any], *, useful: float, batch: int, chip: chips.C
 
     useful: FLOPs that the method needs per image. batch: images of the global batch.
     """
-    seconds = report["compute_seconds"] + report["collective_seconds"]
+    seconds = report["compute_seconds"] + report["kernel_seconds"] + report["collective_seconds"]
     useful_per_chip = useful * batch / report["chips"]
     hours = seconds * report["steps"] / 3600
     report |= {
@@ -69,6 +99,12 @@ def format_step(report: dict[str, Any], chip: chips.Chip) -> str:
             f"per image; {report['useful_of_compiled_flops']:.0%} of the compiled products'",
         ),
         ("compute", _ms(report["compute_seconds"]), f"{report['costed_operations']} operations"),
+        (
+            "kernels",
+            _ms(report["kernel_seconds"]),
+            f"{report['kernel_seconds'] / report['predicted_step_seconds']:.0%} of the step; "
+            + (", ".join(f"{k['name']} x {k['times']}" for k in report["kernels"]) or "none"),
+        ),
         *(
             (f"{opcode} x {times:.0f}", _ms(seconds), f"{size / 1e6:.1f} MB per chip, groups of {group}")
             for (opcode, group), (times, size, seconds) in groups.items()
@@ -87,15 +123,22 @@ def format_step(report: dict[str, Any], chip: chips.Chip) -> str:
 
 def format_layers(report: dict[str, Any], chip: chips.Chip) -> str:
     """Returns the report of `compile_layers` as a table."""
-    lines = [f"{'predicted':10}{'tokens':>14}{'per layer':>12}{'layers':>8}{'together':>12}{'MFU':>6}{'peak HBM':>12}"]
+    lines = [
+        f"{'predicted':10}{'tokens':>14}{'per layer':>12}{'in kernels':>12}{'layers':>8}{'together':>12}{'MFU':>6}"
+        f"{'peak HBM':>12}"
+    ]
     for name, layer in report.items():
-        tokens, seconds = f"{layer['sequences']} x {layer['tokens']}", layer["compute_seconds"]
+        tokens, seconds = (
+            f"{layer['sequences']} x {layer['tokens']}",
+            layer["compute_seconds"] + layer["kernel_seconds"],
+        )
         lines.append(
-            f"{name:10}{tokens:>14}{_ms(seconds):>12}{layer['depth']:>8}{_ms(seconds * layer['depth']):>12}"
+            f"{name:10}{tokens:>14}{_ms(seconds):>12}{_ms(layer['kernel_seconds']):>12}{layer['depth']:>8}"
+            f"{_ms(seconds * layer['depth']):>12}"
             f"{layer['predicted_mfu']:>6.0%}{layer['peak_hbm_bytes'] / chips.GIB:>8.2f} GiB"
         )
-    total = sum(layer["compute_seconds"] * layer["depth"] for layer in report.values())
-    return "\n".join([*lines, f"{'all layers':44}{_ms(total):>12}"])
+    total = sum((layer["compute_seconds"] + layer["kernel_seconds"]) * layer["depth"] for layer in report.values())
+    return "\n".join([*lines, f"{'all layers':56}{_ms(total):>12}"])
 
 
 def _ms(seconds: float) -> str:

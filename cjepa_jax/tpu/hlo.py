@@ -67,17 +67,28 @@ class Uncosted(NamedTuple):
     result_bytes: int
 
 
+class Kernel(NamedTuple):
+    """Describes the calls of a Pallas kernel, of which the compiler gives no estimate."""
+
+    name: str  # as the kernel has it
+    operands: str  # their shapes
+    times: int
+    flops: float  # of its products, as it says itself, of all times together
+    result_bytes: int
+
+
 class ProgramCost(NamedTuple):
     """Describes what one run of a compiled program costs on one chip."""
 
     costs: list[Cost]
     uncosted: dict[str, Uncosted]
     collectives: list[Collective]
-    matmul_flops: float  # of convolutions and dots
+    kernels: list[Kernel]
+    matmul_flops: float  # of convolutions, dots and kernels
 
     @property
     def cycles(self) -> int:
-        """Returns the compiler's estimate, which leaves out `uncosted` and `collectives`."""
+        """Returns the compiler's estimate, which leaves out `uncosted`, `kernels` and `collectives`."""
         return sum(cost.cycles for cost in self.costs)
 
 
@@ -89,6 +100,7 @@ def analyse(text: str) -> ProgramCost:
     costs: list[Cost] = []
     traffic: dict[str, Collective] = {}  # by channel: the parts of an overlapped collective repeat the instruction
     uncosted: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
+    kernels: list[Kernel] = []
     flops = 0.0
 
     def walk(computation: str, times: int, fused: bool) -> None:
@@ -110,6 +122,10 @@ def analyse(text: str) -> ProgramCost:
                 traffic.setdefault(channel[0] if channel else i.name, collective)
             elif opcode in ("convolution", "dot"):
                 flops += times * _flops(i, shapes)
+            elif kernel := _kernel(i, shapes, times):
+                kernels.append(kernel)
+                flops += kernel.flops
+                continue
             if fused or opcode in _SENT:
                 continue
             if cycles := _cycles(i.attributes):
@@ -121,7 +137,8 @@ def analyse(text: str) -> ProgramCost:
                 found[1] += times * shape_bytes(i.shape)
 
     walk(entry, 1, False)
-    return ProgramCost(costs, {k: Uncosted(*v) for k, v in sorted(uncosted.items())}, list(traffic.values()), flops)
+    listed = {kind: Uncosted(*counts) for kind, counts in sorted(uncosted.items())}
+    return ProgramCost(costs, listed, list(traffic.values()), kernels, flops)
 
 
 def parse(text: str) -> tuple[str, dict[str, list[Instruction]]]:
@@ -164,6 +181,18 @@ def _instruction(line: str) -> Instruction | None:
     opening = end + opcode.end() - 1
     closing = _closing(rest, opening)
     return Instruction(start[1], rest[:end], opcode[1], rest[opening + 1 : closing], rest[closing + 1 :])
+
+
+def _kernel(instruction: Instruction, shapes: dict[str, str], times: int) -> Kernel | None:
+    """Returns the call of a named Pallas kernel, or None for any other instruction."""
+    name = re.search(r'op_name="(?:[^"]*\W)?(\w+)\)*/pallas_call"', instruction.attributes)
+    if not name or 'custom_call_target="tpu_custom_call"' not in instruction.attributes:
+        return None
+    flops = re.search(r'"cost_estimate":\{"flops":"(\d+)"', instruction.attributes)
+    operands = ", ".join(shapes[operand] for operand in _names(instruction.operands))
+    return Kernel(
+        name[1], operands, times, times * float(flops[1] if flops else 0), times * shape_bytes(instruction.shape)
+    )
 
 
 def _kind(instruction: Instruction, computations: dict[str, list[Instruction]]) -> str:

@@ -52,6 +52,17 @@ def batch(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec((_DATA, _FSDP)))
 
 
+def platform(mesh: Mesh) -> str:
+    """The kind of the devices, such as "tpu"; they need not exist, as those of a topology."""
+    return str(mesh.devices.flat[0].platform)
+
+
+def per_device(mesh: Mesh) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Makes a function run on each device's own rows: the first axis of all that it takes and gives is the batch."""
+    rows = PartitionSpec((_DATA, _FSDP))
+    return functools.partial(jax.shard_map, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+
+
 def local_rows(images: jax.ShapeDtypeStruct) -> list[int]:
     """Lists the rows of a global array that this process's devices hold, ascending; a mesh may interleave processes."""
     held = images.sharding.addressable_devices_indices_map(images.shape).values()  # type: ignore[union-attr]

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from cjepa_jax.batch import Batch
 from cjepa_jax.methods.base import Method, Metrics, Params
+from cjepa_jax.models import attention
 from cjepa_jax.train import microbatch, optimizer, sharding
 from cjepa_jax.train.sharding import Place
 
@@ -103,7 +104,7 @@ class Program(NamedTuple):
 def build(method: Method, steps: int, mesh: jax.sharding.Mesh) -> Program:
     """Jits a run of `steps` steps; nothing is computed yet.
 
-    Raises UserError where the mesh does not fit the batch or the parameters.
+    Raises UserError where the mesh does not fit the batch or the parameters, or `model.attention` the devices.
     """
     data = method.config.data
     sharding.check_batch(data.batch_size, method.config.optim.microbatches, mesh)
@@ -112,7 +113,13 @@ def build(method: Method, steps: int, mesh: jax.sharding.Mesh) -> Program:
     shapes = jax.eval_shape(init, jax.random.key(0))
     placed = sharding.parameters(shapes, mesh)
     gather, gather_block, scatter = sharding.places(method.config.mesh, mesh, placed.params)
-    method = dataclasses.replace(method, gather=gather_block)
+    attend = attention.choose(
+        method.config.model.attention,
+        platform=sharding.platform(mesh),
+        per_device=sharding.per_device(mesh),
+        shapes=[(stack.tokens, stack.width, stack.heads) for stack in method.transformers().values()],
+    )
+    method = dataclasses.replace(method, gather=gather_block, attend=attend)
     views = (len(method.views),) if len(method.views) > 1 else ()
     images = (data.batch_size, *views, data.image_size, data.image_size, data.channels)
     return Program(

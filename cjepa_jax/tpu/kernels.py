@@ -1,0 +1,74 @@
+"""How long the attention kernels take; the compiler notes no estimate for what is written in Pallas.
+
+`python -m cjepa_jax.bench.attention` gives the numbers of the table. A kernel handles its sequences in a loop. Of one
+turn the compiler's own schedule gives the instruction bundles, of which one can start a cycle, and the length of the
+critical path in cycles. The larger of the two is charged here. It is mostly the critical path, an upper bound; the
+bundles are about half of it where sequences are short.
+"""
+
+import re
+from collections.abc import Mapping
+
+from cjepa_jax.tpu.hlo import Kernel
+
+# Chip -> (tokens, heads, features of a head, whether tokens may be masked) -> cycles forward, backward, of a sequence.
+CYCLES: Mapping[str, Mapping[tuple[int, int, int, bool], tuple[int, ...]]] = {
+    "v5e": {
+        (56, 3, 64, True): (845, 886),
+        (56, 6, 64, True): (1742, 1444),
+        (56, 12, 64, True): (1333, 2211),
+        (56, 16, 64, True): (1880, 2493),
+        (56, 16, 88, True): (3077, 7595),
+        (72, 16, 80, True): (3735, 8222),
+        (96, 3, 128, True): (1312, 1691),
+        (96, 6, 64, True): (1515, 2133),
+        (96, 12, 32, True): (1309, 2158),
+        (96, 16, 24, True): (2808, 3511),
+        (126, 16, 24, True): (2796, 9823),
+        (196, 3, 64, False): (2080,),
+        (196, 6, 64, False): (2643,),
+        (196, 12, 64, False): (3891, 12332),
+        (196, 16, 64, False): (4723,),
+        (196, 16, 88, False): (13211,),
+        (256, 16, 80, False): (14381,),
+    },
+    "v6e": {
+        (56, 3, 64, True): (1183, 1394),
+        (56, 6, 64, True): (1588, 1652),
+        (56, 12, 64, True): (2904, 3061),
+        (56, 16, 64, True): (3792, 3978),
+        (56, 16, 88, True): (3507, 6888),
+        (72, 16, 80, True): (1693, 7480),
+        (96, 3, 128, True): (1597, 1586),
+        (96, 6, 64, True): (1392, 1858),
+        (96, 12, 32, True): (1670, 2137),
+        (96, 16, 24, True): (1915, 3198),
+        (126, 16, 24, True): (7263, 8110),
+        (196, 3, 64, False): (1651,),
+        (196, 6, 64, False): (1940,),
+        (196, 12, 64, False): (2564, 9189),
+        (196, 16, 64, False): (2980,),
+        (196, 16, 88, False): (2980,),
+        (256, 16, 80, False): (3388,),
+    },
+    "v4": {
+        (56, 12, 64, True): (1185, 1860),
+        (56, 16, 64, True): (1638, 2354),
+        (96, 12, 32, True): (1241, 2126),
+        (196, 12, 64, False): (4706,),
+    },
+}
+
+
+def cycles(kernel: Kernel, chip: str) -> int | None:
+    """Gives the cycles of all calls of a kernel on a chip such as "v5e", or None where they are not known."""
+    named = re.fullmatch(r"attention_(forward|backward)_(\d+)x(\d+)", kernel.name)
+    if not named:
+        return None
+    heads, head_dim = int(named[2]), int(named[3])
+    shapes = [tuple(map(int, shape.split(","))) for shape in re.findall(r"\[([\d,]+)\]", kernel.operands)]
+    sequences, tokens = next(shape[:2] for shape in shapes if shape[2:] == (3 * heads * head_dim,))
+    masked = (sequences, tokens, 1) in shapes
+    known = CYCLES.get(chip, {}).get((tokens, heads, head_dim, masked), ())
+    which = ("forward", "backward").index(named[1])
+    return known[which] * sequences * kernel.times if which < len(known) else None

@@ -202,8 +202,8 @@ def test_a_step_is_the_one_that_xla_takes(make_config, monkeypatch, on_one_devic
 # The choice
 
 
-def choose(setting, platform="tpu", shapes=()):
-    return attention.choose(setting, platform=platform, per_device=lambda f: f, shapes=shapes)
+def choose(setting, platform="tpu", shapes=(), dtype="bfloat16"):
+    return attention.choose(setting, platform=platform, per_device=lambda f: f, shapes=shapes, dtype=dtype)
 
 
 def test_auto_is_fused_on_tpu_where_that_can_serve(monkeypatch):
@@ -234,6 +234,14 @@ def test_fused_without_a_tpu_is_one_line(make_config):
     config = make_config(**WIDE, model__attention="fused")
     with pytest.raises(UserError, match=r"model\.attention = 'fused' runs on TPU only, .* kind 'cpu'; 'auto' takes"):
         build(CJEPA(config), 10, sharding.make_mesh(config.mesh))
+
+
+def test_fused_knows_the_vector_memory_of_the_smallest_chip():
+    """The largest of the size table fits in bfloat16, up to the longest sequence; in float32 it does not."""
+    choose("fused", shapes=[(320, 1408, 16)])
+    choose("fused", shapes=[(196, 768, 12)], dtype="float32")
+    with pytest.raises(UserError, match="320 tokens of 1408 features in float32 exceed the vector memory"):
+        choose("fused", shapes=[(320, 1408, 16)], dtype="float32")
 
 
 # The TPU compiler
@@ -276,7 +284,7 @@ def test_every_chip_compiles_every_size(slice):
     cases += [(196, 3, 64, False, "bfloat16"), (196, 12, 64, False, "bfloat16"), (256, 16, 80, False, "bfloat16")]
     cases += [(96, 12, 32, True, "bfloat16"), (126, 16, 24, True, "bfloat16"), (37, 6, 64, True, "bfloat16")]
     cases += [(16, 4, 16, True, "bfloat16"), (320, 16, 88, True, "bfloat16")]
-    cases += [(56, 12, 64, True, "float32"), (320, 16, 88, True, "float32")]
+    cases += [(56, 12, 64, True, "float32"), (160, 16, 88, True, "float32")]
     unset = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS", "JAX_PLATFORMS")
     environment = {key: value for key, value in os.environ.items() if key not in unset}
     done = subprocess.run(

@@ -69,7 +69,7 @@ def measure(chip: str, shapes: Iterable[tuple[int, int, int, bool]]) -> str:
     ]
     for tokens, heads, head_dim, masked in shapes:
         width, count = heads * head_dim, _SEQUENCES * mesh.size
-        reason = fused_attention.unsupported(tokens=tokens, width=width, heads=heads)
+        reason = fused_attention.unsupported(tokens=tokens, width=width, heads=heads, dtype="bfloat16")
         require(reason is None, f"--shape={tokens}x{heads}x{head_dim}: {reason}")
 
         attend = functools.partial(fused_attention.attend, heads=heads, per_device=sharding.per_device(mesh))

@@ -49,11 +49,13 @@ def choose(
     *,
     platform: str,
     per_device: PerDevice,
+    dtype: str,
     shapes: Iterable[tuple[int, int, int]],
 ) -> Attend:
     """Gives what `model.attention` asks for on devices of a platform, such as "tpu" or "cpu".
 
-    "auto" decides anew for every shape that it meets. shapes: (tokens, width, heads) of what will be attended to.
+    "auto" decides anew for every shape that it meets. shapes: (tokens, width, heads) of what will be attended to, in
+    `dtype`.
     Raises UserError where "fused" cannot serve the platform or one of the shapes.
     """
     if setting == "fused":
@@ -63,13 +65,14 @@ def choose(
             "what there is",
         )
         for tokens, width, heads in shapes:
-            reason = fused_attention.unsupported(tokens=tokens, width=width, heads=heads)
+            reason = fused_attention.unsupported(tokens=tokens, width=width, heads=heads, dtype=dtype)
             require(reason is None, f"model.attention = 'fused' cannot serve: {reason}; 'auto' takes XLA there")
     if setting == "xla" or platform != "tpu":
         return attend_xla
 
     def attend(qkv, bias, valid, *, heads):
-        if fused_attention.unsupported(tokens=qkv.shape[1], width=qkv.shape[2] // 3, heads=heads):
+        _, tokens, width = qkv.shape
+        if fused_attention.unsupported(tokens=tokens, width=width // 3, heads=heads, dtype=qkv.dtype):
             return attend_xla(qkv, bias, valid, heads=heads)
         return fused_attention.attend(qkv, bias, valid, heads=heads, per_device=per_device)
 

@@ -33,12 +33,13 @@ _NOT_SEEN = -1e30  # is added to the scores of keys that are not valid; a finite
 _BLOCKS = 10 << 20  # bytes that the blocks of a program may take; each is held twice
 _VMEM = 64 << 20  # bytes of vector memory that the compiler may use
 _MAX_TOKENS = 320
+_ONE_SEQUENCE = 12.25 * 2**20  # bytes that the blocks of one sequence may take backward; a v4 has 16 MiB in all
 _HEAD_DIMS = (16, 128)
 # Which axis of either factor a product sums over.
 _NT, _NN, _TN = ((1,), (1,)), ((1,), (0,)), ((0,), (0,))
 
 
-def unsupported(*, tokens: int, width: int, heads: int) -> str | None:
+def unsupported(*, tokens: int, width: int, heads: int, dtype: jax.typing.DTypeLike) -> str | None:
     """Says why the kernels cannot serve sequences of `tokens` x `width`, or returns None where they can."""
     smallest, largest = _HEAD_DIMS
     if width % 64:
@@ -47,6 +48,8 @@ def unsupported(*, tokens: int, width: int, heads: int) -> str | None:
         return f"heads have {width // heads} features, not {smallest} to {largest}"
     if tokens > _MAX_TOKENS:
         return f"a sequence has {tokens} tokens, more than {_MAX_TOKENS}"
+    if 2 * 7 * tokens * width * jnp.dtype(dtype).itemsize > _ONE_SEQUENCE:
+        return f"{tokens} tokens of {width} features in {jnp.dtype(dtype).name} exceed the vector memory"
     return None
 
 

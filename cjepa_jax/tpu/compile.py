@@ -45,6 +45,7 @@ def _lower_layer(config: Config, mesh: Any, stack: Transformer, *, sequences: in
         config.model.attention,
         platform=sharding.platform(mesh),
         per_device=sharding.per_device(mesh),
+        dtype=config.model.dtype,
         shapes=[(stack.tokens, stack.width, stack.heads)],
     )
     block = Block(stack.heads, stack.mlp_ratio, config.model.init, dtype, attend)

@@ -117,6 +117,7 @@ def build(method: Method, steps: int, mesh: jax.sharding.Mesh) -> Program:
         method.config.model.attention,
         platform=sharding.platform(mesh),
         per_device=sharding.per_device(mesh),
+        dtype=method.config.model.dtype,
         shapes=[(stack.tokens, stack.width, stack.heads) for stack in method.transformers().values()],
     )
     method = dataclasses.replace(method, gather=gather_block, attend=attend)

@@ -69,7 +69,7 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     A pipe or a device counts as missing.
     """
     require(is_file(path), f"{path} is missing, or no file")
-    size = path.stat().length
+    size = epath.Path(path).stat().length
     require(size <= _LARGEST_JSON, f"{path} is damaged: {size} bytes are too many for it")
     try:
         content = json.loads(path.read_text())

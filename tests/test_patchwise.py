@@ -129,11 +129,11 @@ def test_the_query_is_a_patch(save, load, drawn, tmp_path):
     "other, overrides, says",
     [
         ({}, {"attention__query": (4, 0)}, r"attention\.query = \(4, 0\) is no patch: rows and columns are 0 to 3"),
-        ({}, {"attention__query": (0, -1)}, r"is no patch"),
+        ({}, {"attention__query": (0, -1)}, r"attention\.query must be in \[0, 8191\], got -1"),
         ({"patch_size": 8}, {"attention__query": (0, 0)}, r"grids differ, 2 and 4 patches"),
         ({"channels": 1}, {}, r"second wants images of 1 channels, the first one of 3"),
         ({}, {"attention__query": (1,)}, r"attention\.query must be \(\) or \(row, column\), got \(1,\)"),
-        ({}, {"attention__images": 0}, r"attention\.images must be at least 1"),
+        ({}, {"attention__images": 0}, r"attention\.images must be in \[1, 1000\], got 0"),
     ],
 )
 def test_what_does_not_fit_is_named(save, load, tmp_path, other, overrides, says):

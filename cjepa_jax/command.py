@@ -15,7 +15,7 @@ from ml_collections import ConfigDict, config_dict, config_flags
 
 from cjepa_jax import settings, signals
 from cjepa_jax.data import waiting
-from cjepa_jax.errors import UserError, nearest, one_line, require
+from cjepa_jax.errors import StorageError, UserError, nearest, one_line, require
 
 _CONFIG = flags.DEFINE_string("config", None, "The experiment, e.g. configs/digits.py.")
 _OVERRIDE = re.compile(r"--?(no)?config\.([\w.]+)(=.*)?", re.DOTALL)
@@ -160,6 +160,8 @@ def run(body: Callable[[], None], doc: str) -> None:
                 raise
             print(f"error: {one_line(error)}", file=sys.stderr)
             sys.exit(2)
+        except StorageError as error:
+            sys.exit(f"error: {error}")
 
 
 def _help_is_wanted() -> bool:

@@ -181,6 +181,9 @@ class Checkpoint:
     every: int = setting(1000, "Steps between checkpoints; the last step is always saved.", within="[1, 1e9]")
     keep_last: int = setting(2, "How many of the newest stay.", within="[1, 1e6]")
     keep_every: int = setting(0, "Checkpoints at multiples of this step stay for good; 0: none.", within="[0, 1e9]")
+    fall_back: bool = setting(
+        False, "Whether a damaged newest checkpoint is set aside and the newest good one used, instead of an error."
+    )
 
     def __post_init__(self):
         require(

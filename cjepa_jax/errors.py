@@ -8,6 +8,10 @@ class UserError(ValueError):
     """A mistake that the user can mend: one line that names the key or file and the remedy."""
 
 
+class StorageError(RuntimeError):
+    """Results cannot be written, for want of room: one line that names the path, what is needed and what is free."""
+
+
 def require(condition: bool, message: str) -> None:
     """Raises UserError(message) unless the condition holds."""
     if not condition:

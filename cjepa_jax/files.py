@@ -1,14 +1,19 @@
-"""Handles paths on disk and on gs://, reads files that others wrote, and writes files that appear whole."""
+"""Handles paths on disk and on gs://, reads files that others wrote, writes files whole, and tells of full disks."""
 
+import contextlib
+import errno
 import importlib.util
 import json
 import os
+import pathlib
+import shutil
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
 
-from cjepa_jax.errors import UserError, one_line, require
+from cjepa_jax.errors import StorageError, UserError, one_line, require
 
 # The packages that read and write files, folders and TensorBoard's events on gs://.
 GCS_INSTALL = "pip install gcsfs==2026.10.1 google-cloud-storage==3.17.1"
@@ -89,8 +94,61 @@ def write_whole(path: epath.Path, content: str | bytes) -> None:
         path.write_bytes(raw)
         return
     temporary = f"{path}{TEMPORARY}"
-    with open(temporary, "wb") as file:
-        file.write(raw)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with storing(path, len(raw)), open(temporary, "wb") as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+    except StorageError:
+        pathlib.Path(temporary).unlink(missing_ok=True)  # what room there is others may need
+        raise
     os.replace(temporary, path)
+
+
+_NO_ROOM = {code: os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}
+
+
+@contextlib.contextmanager
+def storing(path: epath.Path, needed: int = 0) -> Iterator[None]:
+    """Turns errors of a full disk, an exhausted quota or a limit on a file's size into a StorageError about `path`.
+
+    needed: bytes to be written, where they are known.
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except Exception as error:
+        reason = _no_room(error)
+        if reason is None:
+            raise
+        wanted = f", about {_amount(needed)} needed" if needed else ""
+        raise StorageError(f"{path} could not be written: {reason}{wanted}{_free(path)}") from error
+
+
+def _no_room(error: BaseException | None) -> str | None:
+    """Gives the reason where an error, or one that it stems from, means that there is no room."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            return _NO_ROOM[error.errno]
+        for reason in _NO_ROOM.values():  # Orbax, TensorStore and safetensors have errors of their own
+            if reason in str(error):
+                return reason
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _free(path: epath.Path) -> str:
+    if is_remote(path):
+        return ""
+    folder = next(parent for parent in path.absolute().parents if parent.is_dir())
+    return f", {_amount(shutil.disk_usage(folder).free)} free"
+
+
+def _amount(size: float) -> str:
+    """Writes a number of bytes for people."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"

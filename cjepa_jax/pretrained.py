@@ -13,14 +13,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from cjepa_jax import checksums
 from cjepa_jax.config import Data, Model
 from cjepa_jax.errors import UserError, one_line, require
-from cjepa_jax.files import absolute, is_file, is_remote, read_json, write_whole
+from cjepa_jax.files import absolute, is_file, is_remote, read_json, storing, write_whole
 from cjepa_jax.models.masking import Masks
 from cjepa_jax.models.predictor import PredictorConfig, build_predictor
 from cjepa_jax.models.vit import build_encoder
 from cjepa_jax.settings import parse_flat
-from cjepa_jax.train.checkpoint import quiet_on_error
+from cjepa_jax.train.checkpoint import META, quiet_on_error, read_meta
 
 # Where a checkpoint's state holds each network: now, and in checkpoints written before states had "averages".
 NETWORKS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -73,6 +74,9 @@ def load(path: epath.Path, names: Sequence[str]) -> Pretrained:
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
         arguments = ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True)
         restored = ocp.PyTreeCheckpointer().restore(state, args=arguments)
+        wanted = read_meta(state.parent).get("checksums")  # which older checkpoints do not have
+    wrong = "" if wanted is None else checksums.differences(checksums.of_tree(restored), wanted)
+    require(not wrong, f"checkpoint {state.parent} is damaged: {wrong}; name another one, WORKDIR/checkpoints/STEP")
     params = {name: _part(restored, place) for name, place in places.items()}
     step = np.asarray(restored["step"])
     require(step.shape == () and step.dtype.kind == "i", f"checkpoint {state.parent} is damaged: its step is no number")
@@ -114,10 +118,12 @@ def save(workdir: epath.Path, pretrained: Pretrained) -> None:
     """Writes what `load` reads; `workdir` must not exist yet. Needs about 1.3 times the memory of the parameters."""
     parts = {NETWORKS[name][0]: params for name, params in pretrained.params.items()}
     state = _nest(np.asarray(pretrained.step, np.int32), parts)
-    # Without OCDBT, which would collect everything in memory once more.
-    ocp.PyTreeCheckpointer(use_ocdbt=False).save(
-        absolute(workdir) / "checkpoints" / str(pretrained.step) / "state", state
-    )
+    folder = absolute(workdir) / "checkpoints" / str(pretrained.step)
+    with storing(folder, sum(x.nbytes for x in jax.tree.leaves(state))):
+        # Without OCDBT, which would collect everything in memory once more.
+        ocp.PyTreeCheckpointer(use_ocdbt=False).save(folder / "state", state)
+    (folder / META).parent.mkdir(exist_ok=True)
+    write_whole(folder / META, json.dumps({"checksums": checksums.of_tree(state)}))
     config = {f"data.{key}": getattr(pretrained, key) for key in ("image_size", "mean", "std")}
     for name in ("model", "predictor"):
         if (settings := getattr(pretrained, name)) is not None:

@@ -6,11 +6,12 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1] / "cjepa_jax"
-MATH = ["config", "errors", "settings", "batch", "methods", "models", "tpu/flops", "data/augment", "data/randaugment"]
-MATH += [f"train/{name}" for name in ("step", "microbatch", "optimizer", "sharding", "diagnostics")]
+MATH = ["config", "errors", "settings", "batch", "checksums", "methods", "models", "tpu/flops"]
+MATH += ["data/augment", "data/randaugment"]
+MATH += [f"train/{name}" for name in ("step", "microbatch", "optimizer", "sharding", "diagnostics", "trouble")]
 MATH += [f"evaluate/{name}" for name in ("sets", "linear_grid", "tracking")]
 MATH_MAY_IMPORT = {"jax", "numpy", "einops", "flax", "optax", "jaxtyping", "dataclasses", "typing", "types", "abc"}
-MATH_MAY_IMPORT |= {"collections", "functools", "difflib", "math", "textwrap"}
+MATH_MAY_IMPORT |= {"collections", "functools", "difflib", "math", "textwrap", "statistics"}
 MASKS = ("evaluate/tracking",)  # which has OpenCV's dilation
 PIXELS = ("data/augment", "data/randaugment")  # which have Pillow's operations
 IO = ["files", "data", "train/checkpoint", "pretrained", "interop", "train/writer", "plots"]

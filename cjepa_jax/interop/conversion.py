@@ -1,6 +1,7 @@
 """Converts a checkpoint of one format to another, completely or not at all."""
 
 import contextlib
+import glob
 import os
 import pathlib
 import shutil
@@ -10,7 +11,7 @@ from etils import epath
 
 from cjepa_jax import pretrained
 from cjepa_jax.errors import require
-from cjepa_jax.files import check_writable
+from cjepa_jax.files import check_writable, storing
 from cjepa_jax.interop import card, formats, tensors, timm
 
 # Everything that a folder written here may hold; --force deletes no folder that holds anything else.
@@ -95,14 +96,35 @@ def _check_output(source: epath.Path, output: pathlib.Path, kind: str, force: bo
 def _atomically(output: pathlib.Path) -> Iterator[pathlib.Path]:
     """Gives a path to write to; at the end what was written replaces `output`, or after an error nothing changes."""
     new, old = (output.with_name(f".{output.name}.{os.getpid()}.{word}") for word in ("new", "old"))
+    for remains in _remains(output, "new"):
+        _remove(remains)
     try:
-        yield new
+        with storing(epath.Path(output)):
+            yield new
         if output.is_dir():  # a folder cannot be replaced at one stroke
             output.rename(old)
         new.replace(output)
+        for remains in _remains(output, "old"):  # only now, because one may hold what there was
+            _remove(remains)
     finally:
         for path in (new, old):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+            _remove(path)
+
+
+def _remains(output: pathlib.Path, word: str) -> Iterator[pathlib.Path]:
+    """Gives what earlier conversions to `output` have left that were killed."""
+    for path in output.parent.glob(f".{glob.escape(output.name)}.*.{word}"):
+        process = path.name.split(".")[-2]
+        try:
+            os.kill(int(process), 0)
+        except ProcessLookupError:
+            yield path
+        except (ValueError, OSError, OverflowError):
+            pass  # not of this command, or of another user's process
+
+
+def _remove(path: pathlib.Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,12 +1,14 @@
-"""Checkpoints: {state, config, fingerprint of the images}, written by Orbax in the background.
+"""Checkpoints: {state, config, fingerprint of the images, checksums}, written by Orbax in the background.
 
 The stream of batches needs no entry: it is a function of the config and the step.
 """
 
 import contextlib
+import dataclasses
 import io
 import json
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -15,78 +17,221 @@ from typing import Any, TypeVar
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint import checkpoint_managers as managers
 
+from cjepa_jax import checksums
 from cjepa_jax.config import Checkpoint, Config
-from cjepa_jax.errors import UserError, one_line, require
-from cjepa_jax.files import absolute, check_bucket_support, check_writable, is_remote, read_json, write_whole
+from cjepa_jax.errors import StorageError, UserError, one_line, require
+from cjepa_jax.files import (
+    TEMPORARY,
+    absolute,
+    check_bucket_support,
+    check_writable,
+    is_remote,
+    read_json,
+    storing,
+    write_whole,
+)
 from cjepa_jax.settings import adopt
+from cjepa_jax.train import distributed, writer
 
 C = TypeVar("C", bound=Config)
+META = "meta/metadata"  # where Orbax puts the item "meta" inside of a checkpoint
+
+
+class DamagedError(Exception):
+    """A checkpoint cannot be read, or is not what was saved; the message says how."""
+
+
+@dataclasses.dataclass
+class _KeepCalm(managers.PreservationPolicy):
+    """Keeps the newest checkpoint that was saved while the run was calm."""
+
+    step: int | None = None
+
+    def should_preserve(self, checkpoints, *, context):
+        return [info.step == self.step for info in checkpoints]
 
 
 class Checkpointer:
     """Writes and restores the checkpoints of one workdir.
 
-    `meta` is {"config": flat config, "fingerprint": of the training images};
-    only a workdir with the same may be continued.
+    `meta` is {"config": flat config, "fingerprint": of the training images}; only a workdir with the same may be
+    continued. Each checkpoint holds in addition the checksum of every array, as the devices had it when it was saved,
+    and whether the run was calm then.
     """
 
+    failure: StorageError | None = None  # of the last save, as soon as `watch` has seen it
+
     def __init__(self, workdir: epath.Path, checkpoint: Checkpoint, meta: dict[str, Any]):
-        """For a workdir that `check_workdir` has accepted."""
+        """For a workdir that `check_workdir` has accepted; removes what a run that was cut off had half written.
+
+        Raises StorageError where the disk is full.
+        """
+        logging.getLogger("absl").addFilter(_is_not_of_orbax)
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it tells of each further array that fails
         self._directory = workdir / "checkpoints"
         self._meta = meta
+        self._every, self._fall_back = checkpoint.every, checkpoint.fall_back
+        self._saving: tuple[int, int] | None = None  # step and bytes of a save that is not known to be complete
+        self._calm = _KeepCalm()
+        kept: list[managers.PreservationPolicy] = [managers.LatestN(checkpoint.keep_last), self._calm]
+        if checkpoint.keep_every:
+            kept.append(managers.EveryNSteps(checkpoint.keep_every))
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=checkpoint.keep_last,
-            keep_period=checkpoint.keep_every or None,
+            preservation_policy=managers.AnyPreservationPolicy(kept),
             enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,
         )
-        self._manager = ocp.CheckpointManager(absolute(self._directory), options=options)
-        self._every = checkpoint.every
+        if jax.process_index() == 0:
+            for path in workdir.glob(f"*{TEMPORARY}"):
+                path.unlink(missing_ok=True)
+        with storing(self._directory):
+            self._manager = ocp.CheckpointManager(absolute(self._directory), options=options)
 
     def restore(self, abstract_state: Any) -> Any | None:
         """Restores the newest state, or gives None where there is none yet.
 
         abstract_state: a TrainState of shapes, dtypes and shardings to restore to. Raises UserError where the
-        checkpoint cannot be read.
+        checkpoint is damaged; where the settings allow it, the newest good one is restored instead, and those after it
+        are set aside.
         """
-        step = self._manager.latest_step()
-        if step is None:
-            return None
+        damaged: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                state = self._read(step, abstract_state)
+            except DamagedError as error:
+                damaged[step] = str(error)
+                if not self._fall_back:
+                    break
+                continue
+            if damaged:
+                self._set_aside(damaged, step)
+            self._calm.step = self._newest_calm()
+            return state
+        if damaged:
+            if len(damaged) == len(self._manager.all_steps()):
+                remedy = "there is no good one before it; restore one from a copy, or use another --workdir"
+            else:
+                remedy = "move it away to go on from the one before it, or let --config.checkpoint.fall_back=True do so"
+            raise UserError(f"{damaged[max(damaged)]}; {remedy}")
+        return None
+
+    def _read(self, step: int, abstract_state: Any) -> Any:
+        """Restores one state. Raises DamagedError on all processes where one of them cannot; UserError."""
+        path = self._directory / str(step)
+        failure, reason = None, "another process cannot read it"
         try:
             with quiet_on_error():
-                as_saved = _as_saved(abstract_state, self._directory / str(step) / "state")
+                as_saved = _as_saved(abstract_state, path / "state")
                 args = ocp.args.Composite(state=ocp.args.StandardRestore(as_saved), meta=ocp.args.JsonRestore())
                 restored = self._manager.restore(step, args=args)
+                fingerprint = restored.meta["fingerprint"]
         except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
-            reason = one_line(error)[:300]
-            raise UserError(
-                f"checkpoint {self._directory / str(step)} cannot be read; move it away to go on from the one before "
-                f"it ({reason})"
-            ) from error
+            failure, reason = error, one_line(error)[:300]
+            distributed.meet_after_error("Checkpointer:restore")  # where Orbax lets the other processes wait
+        if distributed.any_of_them(failure is not None):
+            raise DamagedError(f"checkpoint {path} cannot be read ({reason})") from failure
         require(
-            restored.meta["fingerprint"] == self._meta["fingerprint"],
-            f"checkpoint {self._directory / str(step)} was trained on other images "
-            f"({restored.meta['fingerprint']}) than data now gives ({self._meta['fingerprint']}); use another workdir",
+            fingerprint == self._meta["fingerprint"],
+            f"checkpoint {path} was trained on other images "
+            f"({fingerprint}) than data now gives ({self._meta['fingerprint']}); use another workdir",
         )
+        wanted = restored.meta.get("checksums")  # which older checkpoints do not have
+        if wanted is not None and (wrong := checksums.differences(checksums.of_tree(restored.state), wanted)):
+            raise DamagedError(f"checkpoint {path} is damaged: {wrong}")
         if as_saved is abstract_state:
             return restored.state
         kept = {name: restored.state[name] for name in ("step", "params", "opt_state")}
         return abstract_state.replace(averages=_averages(restored.state), **kept)
 
-    def save(self, step: int, state: Any) -> None:
-        """Saves, due or not; returns while the writing goes on."""
+    def _set_aside(self, damaged: dict[int, str], good: int) -> None:
+        """Renames damaged checkpoints, so that the run goes on from the good one, and says so."""
+        for step in damaged:
+            path = self._directory / str(step)
+            aside = path.with_name(f"{step}.damaged")
+            while aside.exists():
+                aside = aside.with_name(f"{aside.name}.damaged")
+            distributed.meet(f"{step} judged")
+            if jax.process_index() == 0:
+                path.rename(aside)
+                print(f"{damaged[step]}; it is now {aside}", file=sys.stderr, flush=True)
+            distributed.meet(f"{step} set aside")
+        if jax.process_index() == 0:
+            lost = max(damaged) - good
+            print(f"going on from checkpoint {good}: {lost} steps are trained again", file=sys.stderr, flush=True)
+        self._manager.reload()
+
+    def _newest_calm(self) -> int | None:
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            with contextlib.suppress(UserError):
+                if read_meta(self._directory / str(step)).get("calm", True):
+                    return step
+        return None
+
+    def save(self, step: int, state: Any, *, calm: bool = True) -> None:
+        """Saves, due or not; returns while the writing goes on.
+
+        calm: whether loss and gradient are as usual; the newest such checkpoint stays. Raises StorageError where the
+        disk is full, also of the save before.
+        """
         if step == self._manager.latest_step():
             return
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(self._meta))
-        self._manager.save(step, args=args, force=True)
+        self._finish()
+        needed = sum(x.nbytes for x in jax.tree.leaves(state))
+        meta = self._meta | {"checksums": checksums.of_tree(state), "calm": calm}
+        if calm:
+            self._calm.step = step
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        with storing(self._directory / str(step), needed), quiet_on_error():
+            self._manager.save(step, args=args, force=True)
+        self._saving = step, needed
+
+    def watch(self) -> StorageError | None:
+        """Returns the failure of the last save, where it is over and has failed; does not wait."""
+        if self._saving and not self._manager.is_saving_in_progress():
+            try:
+                self._finish()
+            except StorageError as error:
+                self.failure = error
+        return self.failure
+
+    def _finish(self) -> None:
+        """Waits until the last save is complete. Raises StorageError."""
+        if self.failure:
+            raise self.failure
+        if self._saving:
+            (step, needed), self._saving = self._saving, None
+            with storing(self._directory / str(step), needed), quiet_on_error():
+                self._manager.wait_until_finished()
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint belongs at this step."""
         return step % self._every == 0
 
     def close(self) -> None:
-        """Waits until everything that was saved is on disk."""
+        """Waits until everything that was saved is on disk. Raises StorageError."""
+        self._finish()
         self._manager.close()
+
+    def before_trouble(self) -> str:
+        """Says which checkpoint is from before loss and gradient left their usual range; "" if the newest one is."""
+        if self._calm.step == self._manager.latest_step():
+            return ""
+        if self._calm.step is None:
+            return "there is no checkpoint from before the trouble"
+        path = self._directory / str(self._calm.step)
+        return f"{path} is the newest checkpoint from before the trouble, --init={path} starts a new run from it"
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    """Drops Orbax' tracebacks from other threads; what they are about is raised in the main one, too."""
+    return "orbax" not in record.pathname
+
+
+def read_meta(checkpoint: epath.Path) -> dict[str, Any]:
+    """Reads what a checkpoint knows of itself beside its state, {} if it is an old one. Raises UserError."""
+    return read_json(checkpoint / META) if (checkpoint / META).exists() else {}
 
 
 def _as_saved(state: Any, path: epath.Path) -> Any:
@@ -143,19 +288,23 @@ def check_workdir(workdir: epath.Path, config: C, start: Mapping[str, Any]) -> t
     )
     check_writable(workdir, "--workdir")
     require(not workdir.exists() or workdir.is_dir(), f"--workdir {workdir} is a file")
-    saved = workdir / "config.json"
+    saved, steps = workdir / "config.json", _steps(workdir / "checkpoints")
     if not saved.exists():
-        # A run that ended while it started may have left the empty folder.
-        require(
-            not (workdir / "checkpoints").exists() or not any((workdir / "checkpoints").iterdir()),
-            f"--workdir {workdir} has checkpoints but no config.json; use another",
-        )
+        require(not steps, f"--workdir {workdir} has checkpoints but no config.json; use another")
         return config, []
     try:
         old = read_json(saved)
     except UserError as error:
         raise UserError(f"{error}; restore it or use another --workdir") from None
     require("seed" in old, f"--workdir {workdir} holds a converted checkpoint; use another, and --init={workdir}")
+    if not steps:  # it belongs to whoever comes next
+        lost = _lost_checkpoint(workdir, old)
+        require(
+            not lost,
+            f"--workdir {workdir}: {lost}, but no checkpoint is left; restore {workdir / 'checkpoints'}, or delete the "
+            "workdir to start anew",
+        )
+        return config, []
     config, notes, changed = adopt(old, config)
     changed += [f"{key}: {old.get(key)} -> {value}" for key, value in start.items() if old.get(key) != value]
     require(
@@ -163,6 +312,23 @@ def check_workdir(workdir: epath.Path, config: C, start: Mapping[str, Any]) -> t
         f"--workdir {workdir} holds another experiment; use another --workdir, or undo: {'; '.join(changed)}",
     )
     return config, notes
+
+
+def _steps(folder: epath.Path) -> list[int]:
+    return [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+
+
+def _lost_checkpoint(workdir: epath.Path, config: dict[str, Any]) -> str:
+    """Says what shows that a workdir without checkpoints once had one; "" where its run may never have saved.
+
+    A run makes the folder before config.json, and saves no checkpoint before the one ahead of it is complete.
+    """
+    last = max((line["step"] for line in writer.read(workdir)), default=0)
+    gone = not is_remote(workdir) and not (workdir / "checkpoints").exists()
+    every = config.get("checkpoint.every")
+    if last > (0 if gone else 2 * every if isinstance(every, int) else math.inf):
+        return f"metrics.jsonl reaches step {last}"
+    return ""
 
 
 def write_config(workdir: epath.Path, config: dict[str, Any]) -> None:

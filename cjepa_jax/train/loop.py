@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,9 +18,10 @@ from cjepa_jax.train import checkpoint, distributed, lock, sharding, writer
 from cjepa_jax.train.alarm import Alarm
 from cjepa_jax.train.diagnostics import diagnose
 from cjepa_jax.train.feed import Feed
-from cjepa_jax.train.nonfinite import Recorder
+from cjepa_jax.train.nonfinite import DivergedError, Recorder
 from cjepa_jax.train.setup import Training, set_up
 from cjepa_jax.train.step import TrainState
+from cjepa_jax.train.trouble import Trouble
 
 _ELSEWHERE = "another process could not go on and says why; all have stopped"
 
@@ -59,13 +61,16 @@ def _train(run: Training, workdir: epath.Path, held: lock.Lock, profile: tuple[i
     check = pipeline.check_labelled if run.method.needs_labels else lambda batch: None
     rows = sharding.local_rows(program.batch.images)
     batches = pipeline.train_batches(reader, seed=config.seed, start=start, rows=rows, views=run.method.views)
-    checkpoint.write_config(workdir, run.meta["config"])
+    trouble, before = Trouble(), [line for line in writer.read(workdir) if line["step"] <= start]
+    for line in before:
+        trouble.observe(line)
+    alarm = Alarm(config.log, steps, before)
+    log = writer.Writer(workdir, start=start, steps=steps, batch_size=config.data.batch_size)
+    checkpoint.write_config(workdir, run.meta["config"])  # after metrics.jsonl, by which its steps are judged
     if jax.process_index() == 0:
         print(_headline(run, state, start), file=sys.stderr, flush=True)
         _draw_masks(run, workdir)
 
-    alarm = Alarm(config.log, steps, [line for line in writer.read(workdir) if line["step"] <= start])
-    log = writer.Writer(workdir, start=start, steps=steps, batch_size=config.data.batch_size)
     consensus = distributed.Consensus(program.split, program.whole)
     recorder = Recorder(workdir, seed=config.seed, start=start, params=state.params)
     observe = jax.jit(diagnose)
@@ -81,6 +86,7 @@ def _train(run: Training, workdir: epath.Path, held: lock.Lock, profile: tuple[i
 
     probes = range(config.eval.every, steps, config.eval.every) if run.evaluation else ()
     with (
+        _naming_what_is_left(checkpoints),
         contextlib.closing(checkpoints),
         contextlib.closing(log),
         Feed(batches, program.batch, check, config.data.read_timeout) as feed,
@@ -106,11 +112,12 @@ def _train(run: Training, workdir: epath.Path, held: lock.Lock, profile: tuple[i
             if saves:
                 held.look()
             requested = distributed.STOP if stop.requested or alarm.wants_stop else distributed.GO_ON
-            consensus.ask(distributed.FAIL if feed.failure or held.failure else requested)
+            failure = feed.failure or held.failure or checkpoints.watch() or log.failure
+            consensus.ask(distributed.FAIL if failure else requested)
             running, step = step_metrics, step + 1
             recorder.keep(step, step_metrics, observed.grad_norms)
             log.tick(step, feed.seconds_waited)  # before lines are written: they are about the time until now
-            _flush(log, recorder, alarm, pending)
+            _flush(log, recorder, alarm, trouble, pending)
             pending = None
             if step % config.log.every == 0 or step in (1, steps):  # the first is what later ones are compared with
                 seen = observe(observed.features) if observed.features is not None else {}
@@ -118,13 +125,14 @@ def _train(run: Training, workdir: epath.Path, held: lock.Lock, profile: tuple[i
             if saves:
                 asked = max(asked, consensus.result())
                 if asked == distributed.FAIL:
-                    raise feed.failure or held.failure or UserError(_ELSEWHERE)
+                    raise failure or UserError(_ELSEWHERE)
                 recorder.check(step, step_metrics, saved=True)
+                trouble.observe(jax.device_get(step_metrics))
             if saves or step in probes:  # a run that goes on from a checkpoint finds the metrics up to it
-                _flush(log, recorder, alarm, pending)
+                _flush(log, recorder, alarm, trouble, pending)
                 pending = None
             if saves:
-                checkpoints.save(step, state)
+                checkpoints.save(step, state, calm=not trouble.found)
             if step in probes:
                 try:
                     probe()
@@ -134,7 +142,7 @@ def _train(run: Training, workdir: epath.Path, held: lock.Lock, profile: tuple[i
             for name, reason in list(reader.unreadable.items())[skipped:]:
                 log.note(f"skipped {name}: {reason}")
                 skipped += 1
-        _flush(log, recorder, alarm, pending)
+        _flush(log, recorder, alarm, trouble, pending)
         held.check()
         if stalled:
             if step > start and jax.process_count() == 1:  # several would have to save together
@@ -183,8 +191,20 @@ class _Profiler:
             self._running = False
 
 
-def _flush(log: writer.Writer, recorder: Recorder, alarm: Alarm, pending: tuple[int, Metrics] | None) -> None:
-    """Fetches and writes the metrics that wait, if any do."""
+@contextlib.contextmanager
+def _naming_what_is_left(checkpoints: checkpoint.Checkpointer) -> Iterator[None]:
+    """Adds to the error of a run that has diverged which checkpoint is from before that."""
+    try:
+        yield
+    except DivergedError as error:
+        where = checkpoints.before_trouble()
+        raise DivergedError(f"{error}; {where}" if where else str(error)) from None
+
+
+def _flush(
+    log: writer.Writer, recorder: Recorder, alarm: Alarm, trouble: Trouble, pending: tuple[int, Metrics] | None
+) -> None:
+    """Fetches, writes and watches the metrics that wait, if any do."""
     if pending:
         step, values = pending
         metrics = {name: float(value) for name, value in jax.device_get(values).items()}
@@ -193,6 +213,7 @@ def _flush(log: writer.Writer, recorder: Recorder, alarm: Alarm, pending: tuple[
         if warning and jax.process_index() == 0:
             log.note(warning)
         recorder.check(step, values)
+        trouble.observe(metrics)
 
 
 def _headline(run: Training, state: TrainState, start: int) -> str:

@@ -1,15 +1,18 @@
 """Metrics to the progress bar, `metrics.jsonl` and TensorBoard, from process 0 only."""
 
 import json
+import os
 import sys
 import time
 
 import jax
 from etils import epath
 from tensorboardX import SummaryWriter
+from tensorboardX.record_writer import register_writer_factory
 from tqdm import tqdm
 
-from cjepa_jax.files import is_file, is_remote, write_whole
+from cjepa_jax.errors import StorageError
+from cjepa_jax.files import is_file, is_remote, storing, write_whole
 
 _BAR = {  # metric -> its name on the bar
     "loss/total": "loss",
@@ -25,8 +28,55 @@ _BAR = {  # metric -> its name on the bar
 _PROBES = ("eval/knn", "eval/logistic", "eval/top1", "eval/ema_top1")
 
 
+class _EventFile:
+    """A file for TensorBoard's events; it remembers its first failure, and ignores what is written after that.
+
+    TensorBoard's writer works in a thread of its own. An error would end it, and the run would wait for it forever.
+    """
+
+    failure: StorageError | None = None
+
+    def __init__(self, path: epath.Path):
+        self._path, self._file = path, open(path, "wb", buffering=0)  # noqa: SIM115
+
+    def write(self, data: bytes) -> None:
+        try:
+            with storing(self._path, len(data)):
+                if not self.failure:
+                    self._file.write(data)
+        except StorageError as error:
+            self.failure = error
+
+    def flush(self) -> None:
+        """Does nothing: nothing is kept back."""
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _EventFiles:
+    """Opens the files of TensorBoard's writer whose path starts with PREFIX."""
+
+    PREFIX = "local:"
+    newest: _EventFile
+
+    def directory_check(self, path: str) -> None:
+        os.makedirs(path.removeprefix(self.PREFIX), exist_ok=True)
+
+    def open(self, path: str) -> _EventFile:
+        self.newest = _EventFile(epath.Path(path.removeprefix(self.PREFIX)))
+        return self.newest
+
+
+_EVENT_FILES = _EventFiles()
+register_writer_factory(_EventFiles.PREFIX.rstrip(":"), _EVENT_FILES)
+
+
 class Writer:
     """Writes one line a call; also measures images per second, and the share of time spent waiting for them."""
+
+    _failure: StorageError | None = None  # in writing metrics.jsonl
+    _events: _EventFile | None = None
 
     def __init__(self, workdir: epath.Path, *, start: int, steps: int, batch_size: int):
         """Lines of steps after `start`, left by a run that was cut off, will come again and are dropped."""
@@ -44,11 +94,14 @@ class Writer:
         self._evaluated = {line["step"] for line in kept if _is_evaluation(line)}
         self._text = "".join(json.dumps(line) + "\n" for line in kept)
         write_whole(self._path, self._text)
-        self._board = SummaryWriter(
-            str(workdir / "tensorboard"),
-            purge_step=start + 1,
-            flush_secs=120 if is_remote(workdir) else 10,  # there the whole file is written anew
-        )
+        folder = workdir / "tensorboard"
+        with storing(folder):
+            self._board = SummaryWriter(
+                f"{'' if is_remote(folder) else _EventFiles.PREFIX}{folder}",
+                purge_step=start + 1,
+                flush_secs=120 if is_remote(workdir) else 10,  # there the whole file is written anew
+            )
+        self._events = None if is_remote(folder) else _EVENT_FILES.newest
         self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
 
     def has_evaluation(self, step: int) -> bool:
@@ -88,8 +141,11 @@ class Writer:
             self._text += line
             self._path.write_text(self._text)
         else:
-            with self._path.open("a") as file:
-                file.write(line)
+            try:
+                with storing(self._path, len(line)), self._path.open("a") as file:
+                    file.write(line)
+            except StorageError as error:
+                self._failure = error
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
         text = "  ".join(f"{short} {metrics[name]:.4g}" for name, short in _BAR.items() if name in metrics)
@@ -109,11 +165,18 @@ class Writer:
         """What follows, a probe say, is not training: the clock starts again at the next `tick`."""
         self._clock = None
 
+    @property
+    def failure(self) -> StorageError | None:
+        """Gives the error that a full disk has caused, after which nothing that is written may be complete."""
+        return self._failure or (self._events.failure if self._events else None)
+
     def close(self) -> None:
-        """Ends the bar and flushes TensorBoard's events."""
+        """Ends the bar and flushes TensorBoard's events. Raises StorageError where anything could not be written."""
         if self._active:
             self._bar.close()
             self._board.close()
+            if self.failure:
+                raise self.failure
 
 
 def _is_evaluation(metrics: dict[str, float]) -> bool:

@@ -1,0 +1,419 @@
+"""Checkpoints under faults: damaged bits, lost folders, blow-ups, full disks."""
+
+import json
+import math
+import os
+import pathlib
+import resource
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from etils import epath
+
+from cjepa_jax import checksums, pretrained
+from cjepa_jax.config import Checkpoint
+from cjepa_jax.errors import StorageError, UserError
+from cjepa_jax.interop.conversion import convert
+from cjepa_jax.interop.tensors import ImportOptions
+from cjepa_jax.train import checkpoint, loop, nonfinite
+from cjepa_jax.train.trouble import Trouble
+from cjepa_jax.train.writer import Writer, read
+from tests.conftest import small
+from tests.test_hosts import finish, start
+
+ROOT = pathlib.Path(__file__).parents[1]
+FOUR_STEPS = {"data__train_split": "train[:64]", "optim__epochs": 1.0, "optim__warmup_epochs": 0.0}
+FOUR_STEPS |= {"checkpoint__every": 2, "log__every": 1}
+
+
+def config(**overrides):
+    return small(**FOUR_STEPS | overrides)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A workdir of four steps with checkpoints at 2 and 4, and the state at its end."""
+    workdir = epath.Path(tmp_path_factory.mktemp("runs")) / "trained"
+    return workdir, loop.train(config(), workdir)
+
+
+@pytest.fixture
+def workdir(trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "run")
+    return epath.Path(tmp_path / "run")
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+def steps(workdir):
+    return sorted(path.name for path in (workdir / "checkpoints").iterdir() if path.is_dir())
+
+
+# Checksums
+
+
+def test_a_checksum_is_the_same_on_host_and_devices():
+    rng = np.random.default_rng(0)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), "x")
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "x"))
+    for dtype in (np.float32, np.int32, jax.numpy.bfloat16, np.uint8, bool):
+        array = rng.integers(0, 100, (3, 16, 5)).astype(dtype)
+        found = checksums.of_tree(
+            {"host": array, "device": jax.numpy.asarray(array), "split": jax.device_put(array, split)}
+        )
+        assert len(set(found.values())) == 1
+    assert checksums.of_tree({"a": np.float32(1)}) == checksums.of_tree({"a": jax.numpy.float32(1)})
+
+
+def test_every_changed_bit_changes_the_checksum():
+    array = np.random.default_rng(0).normal(size=200).astype(np.float32)
+    whole, seen = checksums.of_tree(array)[""], set()
+    for bit in range(array.nbytes * 8):
+        changed = array.copy()
+        changed.view(np.uint8)[bit // 8] ^= 1 << bit % 8
+        seen.add(checksums.of_tree(changed)[""])
+    assert whole not in seen and len(seen) > array.nbytes * 8 - 3
+    for bit in range(32):  # of two numbers at once
+        twice = array.copy()
+        twice.view(np.uint32)[[5, 77]] ^= np.uint32(1 << bit)
+        assert checksums.of_tree(twice)[""] != whole
+    zeroed, swapped = array.copy(), array.copy()
+    zeroed[10:138], swapped[:2] = 0, array[1::-1]
+    assert len({checksums.of_tree(x)[""] for x in (array, zeroed, swapped)}) == 3
+
+
+# Damage
+
+
+def damage(folder: epath.Path, rng: np.random.Generator, kind: str = "bit") -> None:
+    """Flips a bit, or zeroes 512 bytes, of the array data of a checkpoint, wherever a reader looks."""
+    files = [path for path in sorted(folder.glob("state/**/d/*")) if path.stat().length > 2000]
+    sizes = np.array([path.stat().length for path in files])
+    path = files[rng.choice(len(files), p=sizes / sizes.sum())]
+    content = bytearray(path.read_bytes())
+    if kind == "bit":
+        content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+    else:
+        place = rng.integers(len(content) - 512)
+        content[place : place + 512] = bytes(512)
+    path.write_bytes(bytes(content))
+
+
+def flip_a_weight(folder: epath.Path) -> None:
+    """Rewrites a checkpoint whose arrays differ in one bit from those that its checksums are about."""
+    tree = ocp.PyTreeCheckpointer().metadata(folder / "state").item_metadata.tree
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    state = ocp.PyTreeCheckpointer().restore(folder / "state", args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    kernel = np.array(state["params"]["encoder"]["norm"]["scale"])
+    kernel.view(np.uint32)[3] ^= 1 << 7
+    state["params"]["encoder"]["norm"]["scale"] = kernel
+    (folder / "state").rmtree()
+    ocp.PyTreeCheckpointer().save(folder / "state", state)
+
+
+def test_one_flipped_bit_is_found_by_all_who_read_it(workdir, tmp_path):
+    newest = workdir / "checkpoints" / "4"
+    flip_a_weight(newest)
+    message = f"checkpoint {newest} is damaged: array params/encoder/norm/scale, 1 of "
+    with pytest.raises(UserError, match=message):
+        loop.train(config(), workdir)
+    with pytest.raises(UserError, match=message):  # as the command that evaluates does
+        pretrained.load(workdir, ("encoder",))
+    with pytest.raises(UserError, match=message):
+        loop.train(config(), epath.Path(tmp_path / "new"), init=workdir)
+    with pytest.raises(UserError, match=message):
+        convert(
+            str(workdir),
+            str(tmp_path / "out"),
+            "transformers",
+            encoder="encoder",
+            force=False,
+            options=ImportOptions(None, None, None),
+        )
+    assert not (tmp_path / "new").exists() and not (tmp_path / "out").exists()
+    assert pretrained.load(newest, ("predictor",)).step == 4  # which is as it was
+
+
+def test_a_converted_checkpoint_has_checksums(trained, tmp_path):
+    copy = epath.Path(tmp_path / "copy")
+    pretrained.save(copy, pretrained.load(trained[0], ("encoder",)))
+    flip_a_weight(copy / "checkpoints" / "4")
+    with pytest.raises(UserError, match="array params/encoder/norm/scale"):
+        pretrained.load(copy, ("encoder",))
+
+
+def test_damaged_checksums_are_damage(workdir):
+    meta = workdir / "checkpoints" / "4" / checkpoint.META
+    meta.write_text(meta.read_text().replace("params/encoder/norm/scale", "params/encoder/norm/scalf"))
+    with pytest.raises(UserError, match=r"checkpoints/4 is damaged: array params/encoder/norm/scale"):
+        pretrained.load(workdir, ("encoder",))
+    meta.write_text("[")
+    with pytest.raises(UserError, match=r"checkpoints/4/meta/metadata is damaged"):
+        pretrained.load(workdir, ("encoder",))
+
+
+def test_the_newest_good_checkpoint_is_used_where_that_is_allowed(workdir, trained, capfd):
+    newest = workdir / "checkpoints" / "4"
+    flip_a_weight(newest)
+    with pytest.raises(UserError, match=r"go on from the one before it, or let --config\.checkpoint\.fall_back=True"):
+        loop.train(config(), workdir)
+    assert steps(workdir) == ["2", "4"]
+    state = loop.train(config(checkpoint__fall_back=True), workdir)
+    same(state, trained[1])
+    assert steps(workdir) == ["2", "4", "4.damaged"]
+    said = capfd.readouterr().err
+    assert "is damaged: array params/encoder/norm/scale" in said and f"it is now {newest}.damaged" in said
+    assert "going on from checkpoint 2: 2 steps are trained again" in said
+    assert [line["step"] for line in read(workdir)] == [1, 2, 3, 4]
+    assert pretrained.load(workdir, ("encoder",)).step == 4
+
+
+def test_nothing_is_set_aside_where_no_checkpoint_is_good(workdir):
+    for step in ("2", "4"):
+        (workdir / "checkpoints" / step / "state").rmtree()
+    with pytest.raises(UserError, match=r"checkpoints/4 cannot be read.*there is no good one before it"):
+        loop.train(config(checkpoint__fall_back=True), workdir)
+    assert steps(workdir) == ["2", "4"]
+
+
+@pytest.mark.slow
+def test_hundreds_of_damages_in_the_array_data(workdir, trained):
+    """The figures are in docs/reliability.md."""
+    rng, found = np.random.default_rng(0), {"bit": 0, "zeros": 0}
+    kept = workdir / "kept"
+    (workdir / "checkpoints" / "4").rename(kept)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), trained[1])
+    meta = json.loads((kept / checkpoint.META).read_text())
+    for number in range(200):
+        kind = "bit" if number % 2 else "zeros"
+        shutil.rmtree(workdir / "checkpoints" / "4", ignore_errors=True)
+        shutil.copytree(kept, workdir / "checkpoints" / "4")
+        damage(workdir / "checkpoints" / "4", rng, kind)
+        manager = checkpoint.Checkpointer(workdir, Checkpoint(), meta)
+        try:
+            same(manager.restore(abstract), trained[1])  # where the damage hit nothing that is read
+        except UserError:
+            found[kind] += 1
+        manager.close()
+    print(
+        f"of 100 bits {found['bit']} were found, of 100 times 512 zeroed bytes {found['zeros']}; "
+        "the others were not read"
+    )
+    assert min(found.values()) > 30
+
+
+# Workdirs
+
+
+def test_checkpoints_that_are_gone_are_no_new_start(workdir):
+    (workdir / "checkpoints").rmtree()
+    with pytest.raises(UserError, match=r"metrics\.jsonl reaches step 4, but no checkpoint is left; restore .*delete"):
+        loop.train(config(), workdir)
+    (workdir / "checkpoints").mkdir()
+    (workdir / "config.json").write_text((workdir / "config.json").read_text().replace('every": 2', 'every": 1'))
+    with pytest.raises(UserError, match=r"metrics\.jsonl reaches step 4, but no checkpoint is left"):
+        loop.train(config(), workdir)
+    assert len(read(workdir)) == 4
+
+
+def test_a_workdir_that_never_saved_belongs_to_whoever_comes_next(workdir):
+    """First a run that was killed after four steps; then one that was stopped before it wrote its config."""
+    for step in ("2", "4"):
+        (workdir / "checkpoints" / step).rmtree()
+    again = config(seed=1)
+    changed, notes = checkpoint.check_workdir(workdir, again, {})
+    assert changed == again and notes == []
+    (workdir / "config.json").unlink()
+    (workdir / "checkpoints" / "2.orbax-checkpoint-tmp").mkdir()
+    (workdir / "metrics.jsonl.tmp").write_text("{")
+    state = loop.train(again, workdir)
+    assert int(state.step) == 4
+    assert steps(workdir) == ["2", "4"] and not list(workdir.glob("*.tmp"))
+
+
+def test_checkpoints_without_a_config_are_refused(workdir):
+    (workdir / "config.json").unlink()
+    with pytest.raises(UserError, match=r"has checkpoints but no config\.json"):
+        loop.train(config(), workdir)
+
+
+# Blow-ups
+
+
+def test_trouble_is_what_is_far_above_the_median_of_calm_steps():
+    trouble = Trouble()
+    for step in range(300):
+        trouble.observe({"loss/total": 1 + step / 100, "grad_norm": 1 + step % 3})
+        assert not trouble.found
+    for step in range(1000):  # a slow blow-up does not become what is usual
+        trouble.observe({"loss/total": 2.0, "grad_norm": 11.0 * 1.01**step})
+        assert trouble.found
+    trouble.observe({"eval/knn": 1.0})
+    assert trouble.found
+    trouble.observe({"loss/total": 2.0, "grad_norm": 1.0})
+    assert not trouble.found
+    trouble.observe({"loss/total": math.nan, "grad_norm": 1.0})
+    assert trouble.found
+
+
+def test_the_last_calm_checkpoint_stays_also_after_a_restart(tmp_path):
+    meta = {"config": {}, "fingerprint": "some images"}
+    state = {"x": jax.numpy.ones(3)}
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    workdir = epath.Path(tmp_path)
+    for numbers in (range(1, 6), range(6, 9)):
+        checkpoints = checkpoint.Checkpointer(workdir, Checkpoint(every=1, keep_last=2), meta)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checkpoint, "_as_saved", lambda state, path: state)
+            checkpoints.restore(abstract)
+        for step in numbers:
+            checkpoints.save(step, state, calm=step < 3)
+        checkpoints.close()
+    assert steps(workdir) == ["2", "7", "8"]
+    assert f"{workdir / 'checkpoints' / '2'} is the newest checkpoint from before" in checkpoints.before_trouble()
+
+
+def test_a_slow_blow_up_leaves_a_checkpoint_from_before(tmp_path):
+    workdir = epath.Path(tmp_path / "run")
+    size = {"model__size": "64x3x4", "predictor__width": 32, "predictor__depth": 2, "data__batch_size": 64}
+    wild = small(optim__learning_rate=300.0, log__every=1, checkpoint__every=1, **size)
+    with pytest.raises(
+        nonfinite.DivergedError, match=r"not finite.* at step \d+.*checkpoints/\d+ is the newest .* --init="
+    ):
+        loop.train(wild, workdir)
+    first, *_, last = (int(name) for name in sorted(steps(workdir), key=int))
+    losses = {line["step"]: line["loss/total"] for line in read(workdir)}
+    assert last > first + 2 and losses[first] < 2 * losses[1]
+    assert pretrained.load(workdir / "checkpoints" / str(first), ("encoder",)).step == first
+
+
+# Full disks
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of 2 MB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", place], capture_output=True).returncode:
+        pytest.skip("mounting a disk takes root")
+    yield epath.Path(place)
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+def fill(disk: epath.Path, *, free: int = 0) -> None:
+    left = shutil.disk_usage(disk).free - free
+    (disk / "filler").write_bytes(bytes(left))
+
+
+def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_stays(disk):
+    """The command, because what threads print counts."""
+    arguments = [sys.executable, "-m", "cjepa_jax.main", "--config=configs/digits.py", f"--workdir={disk / 'run'}"]
+    arguments += ["--config.model.size=16x1x2", "--config.predictor.width=8", "--config.predictor.depth=1"]
+    arguments += ["--config.data.batch_size=16", "--config.eval.every=0", "--config.log.every=1000"]
+    arguments += ["--config.checkpoint.every=10", "--config.checkpoint.keep_last=1000", "--config.optim.epochs=4"]
+    arguments += ["--config.optim.warmup_epochs=1"]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 1, done.stderr
+    good = max(int(name) for name in steps(disk / "run") if name.isdigit())
+    _headline, *said = done.stderr.splitlines()
+    assert len(said) == 1, done.stderr
+    assert said[0].startswith(f"error: {disk / 'run' / 'checkpoints' / str(good + 10)} could not be written: No space")
+    assert " needed, " in said[0] and said[0].endswith(" free")
+    assert pretrained.load(disk / "run", ("encoder",)).step == good
+    subprocess.run(["mount", "-o", "remount,size=50m", disk], check=True)
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0 and f"going on from step {good}" in done.stderr, done.stderr
+    assert all(name.isdigit() for name in steps(disk / "run"))
+
+
+def test_metrics_and_tensorboard_on_a_full_disk_fail_without_waiting(disk):
+    for free in (0, 30_000):  # with the second, TensorBoard's events are what does not fit
+        workdir = disk / f"run{free}"
+        workdir.mkdir()
+        log = Writer(workdir, start=0, steps=10_000, batch_size=1)
+        fill(disk, free=free)
+        step = 0
+        while not log.failure and step < 10_000:
+            step += 1
+            log.write(step, {f"metric{i}": 1.0 for i in range(30 if free else 1)})
+        with pytest.raises(
+            StorageError, match=r"could not be written: No space left on device, about .* needed, .* free"
+        ):
+            log.close()
+        (disk / "filler").unlink()
+        assert [line["step"] for line in read(workdir)][:3] == ([1, 2, 3] if free else [])
+
+
+def test_a_file_that_does_not_fit_leaves_the_old_one_and_no_remains(disk):
+    from cjepa_jax.files import write_whole
+
+    path = disk / "results.json"
+    write_whole(path, "old")
+    fill(disk)
+    with pytest.raises(
+        StorageError, match=r"results\.json could not be written: No space left .* about 100\.0 kB needed"
+    ):
+        write_whole(path, "x" * 100_000)
+    assert path.read_text() == "old" and sorted(p.name for p in disk.iterdir()) == ["filler", "results.json"]
+
+
+def test_remains_of_killed_conversions_go(trained, tmp_path):
+    done = subprocess.Popen(["true"])
+    done.wait()
+    remains = [tmp_path / f".out.{done.pid}.{word}" for word in ("new", "old")]
+    running = tmp_path / f".out.{os.getppid()}.new"
+    for folder in (*remains, running):
+        folder.mkdir()
+    options = ImportOptions(None, None, None)
+    convert(str(trained[0]), str(tmp_path / "out"), "transformers", encoder=None, force=False, options=options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([running.name, "out"])
+
+
+# Several processes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("harm", ["weight", "truncated"])
+def test_processes_fall_back_together(tmp_path, harm):
+    workdir = epath.Path(tmp_path / "run")
+    shared = [
+        "--config.mesh.parameters=fsdp",
+        "--config.model.remat=dots",
+        "--config.mesh.fsdp=4",
+        f"--workdir={workdir}",
+    ]
+    finish(start(2, 2, *shared))
+    straight = workdir / "checkpoints" / "10"
+    if harm == "weight":
+        flip_a_weight(straight)
+    else:
+        largest = max(straight.glob("state/**/d/*"), key=lambda path: path.stat().length)
+        largest.write_bytes(largest.read_bytes()[: largest.stat().length // 2])
+    said = finish(start(2, 2, *shared), 2, 2)
+    assert all(f"error: checkpoint {straight}" in one for one in said)
+    said = finish(start(2, 2, *shared, "--config.checkpoint.fall_back=True"))
+    assert "going on from checkpoint 5: 5 steps are trained again" in said[0]
+    assert (workdir / "checkpoints" / "10.damaged").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_full_disk_of_one_process_stops_all(tmp_path, which):
+    """A limit on the size of files stands for the full disk."""
+    arguments = [f"--workdir={tmp_path / 'run'}", "--config.optim.epochs=1000", "--config.checkpoint.every=50"]
+    processes = start(2, 2, *arguments)
+    while not (tmp_path / "run" / "checkpoints" / "50").exists():
+        assert all(process.poll() is None for process in processes)
+    resource.prlimit(processes[which].pid, resource.RLIMIT_FSIZE, (4000, 4000))
+    said = [process.communicate(timeout=150)[0] for process in processes]
+    print("\n\n".join(said))
+    assert all(process.returncode not in (0, None) for process in processes)
+    assert "could not be written: File too large" in said[which]

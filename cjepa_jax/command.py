@@ -6,9 +6,10 @@ import os
 import pathlib
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TextIO
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_dict, config_flags
@@ -143,6 +144,24 @@ class TrainingFlags:
         return workdir
 
 
+class _Stderr:
+    """The standard error stream, without what threads that are not Python's print there.
+
+    Where a disk is full, TensorStore's threads print a traceback for every array that fails after the first.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        if type(threading.current_thread()).__name__ == "_DummyThread":
+            return len(text)
+        return self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def run(body: Callable[[], None], doc: str) -> None:
     """Parses the flags and runs the body; `doc` is what --help prints.
 
@@ -150,6 +169,7 @@ def run(body: Callable[[], None], doc: str) -> None:
     """
     # What is compiled is kept for the next start; jax reads this when it is imported, which is later.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/cjepa_jax/xla"))
+    sys.stderr = _Stderr(sys.stderr)  # type: ignore[assignment]
     with waiting.leaving():
         try:
             logging.set_verbosity("error")  # TFDS' and Orbax' chatter

@@ -68,8 +68,7 @@ class Checkpointer:
 
         Raises StorageError where the disk is full.
         """
-        logging.getLogger("absl").addFilter(_is_not_of_orbax)
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it tells of each further array that fails
+        _quieten_threads()
         self._directory = workdir / "checkpoints"
         self._meta = meta
         self._every, self._fall_back = checkpoint.every, checkpoint.fall_back
@@ -224,8 +223,13 @@ class Checkpointer:
         return f"{path} is the newest checkpoint from before the trouble, --init={path} starts a new run from it"
 
 
+def _quieten_threads() -> None:
+    """Keeps threads from telling of failed writes: the first is raised in the main one, and the others say no more."""
+    logging.getLogger("absl").addFilter(_is_not_of_orbax)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
-    """Drops Orbax' tracebacks from other threads; what they are about is raised in the main one, too."""
     return "orbax" not in record.pathname
 
 

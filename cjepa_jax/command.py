@@ -98,6 +98,7 @@ def _override(values: dict[str, Any], cls: type) -> None:
         require(not is_group, f"--config.{name} is a group of settings; name one of them")
         require(name in known, f"--config has no such setting: {name}; {nearest(name, known)}")
         key = known[name]
+        require(value is not None or key.hint is bool, f"--config.{name} has no value: --config.{name}=VALUE")
         if name != key.name:
             print(f"--config.{name} is called --config.{key.name} now", file=sys.stderr)
         place, _, last = key.name.rpartition(".")

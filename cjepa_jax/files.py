@@ -56,8 +56,8 @@ def check_writable(path: epath.Path, key: str) -> None:
     if is_remote(path):
         return
     try:
-        with tempfile.TemporaryFile(dir=path if path.is_dir() else path.parent):
-            path.exists()  # whether the name may be that long
+        with tempfile.TemporaryFile(dir=path if path.is_dir() else path.parent), contextlib.suppress(FileNotFoundError):
+            os.stat(path)  # fails for a name that is too long, and for links in a circle
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{key} {str(path)[:300]!r} cannot be written ({reason}); name another place") from None

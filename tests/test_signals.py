@@ -75,9 +75,8 @@ def test_a_run_that_is_ended_at_any_time_is_no_obstacle_for_the_next(tmp_path):
     assert end(process, signal.SIGTERM) == (-signal.SIGTERM, "")
 
     slow = "from cjepa_jax.train import checkpoint; import time\n"
-    slow += (
-        "def save(*a, **k): print('now', file=sys.stderr, flush=True); time.sleep(60)\ncheckpoint.Checkpointer.save = save"
-    )
+    slow += "def save(*a, **k): print('now', file=sys.stderr, flush=True); time.sleep(60)\n"
+    slow += "checkpoint.Checkpointer.save = save"
     process = start(*arguments, first=slow)
     until_said(process, "step 3/")
     process.send_signal(signal.SIGINT)

@@ -63,6 +63,8 @@ def prepare(source: str, output: str, *, short_side: int = 320, quality: int = 9
     require(short_side >= 1, f"--short-side must be at least 1, got {short_side}")
     require(1 <= quality <= 100, f"--quality must be in 1 to 100, got {quality}")
     require(threads >= 1, f"--threads must be at least 1, got {threads}")
+    encodable = output.encode("utf-8", "ignore") == os.fsencode(output)  # as ArrayRecord wants names
+    require(encodable, f"--output must be a name in UTF-8, got {output!r}")
     require(bool(output) and "://" not in output, f"--output must be a local folder, got {output!r}")
     output = os.path.expanduser(output)
     found = folder.scan(source)

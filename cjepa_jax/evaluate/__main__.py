@@ -29,6 +29,7 @@ Exit codes: 0 finished; 2 a mistake that the user can mend; 1 any other error; 1
 Ctrl-C and SIGTERM.
 """
 
+import re
 import sys
 import time
 
@@ -82,6 +83,7 @@ def _run() -> None:
         layers=max(known[name].deepest for name in wanted),
     )
     assert frozen.origin
+    require(not re.search(r"[/\0]", _NAME.value or ""), f"--name={_NAME.value} must be the name of a file")
     name = _NAME.value or f"step{frozen.origin.networks.step}_{encoder}"
     stem = workdir / "evaluation" / name
     require(stem.parent.name == "evaluation", f"--name={name!r} must be a name without folders")

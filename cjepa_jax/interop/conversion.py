@@ -72,7 +72,8 @@ def _check_output(source: epath.Path, output: pathlib.Path, kind: str, force: bo
     """Raises UserError for an output that cannot be written, or that would replace what must stay."""
     require("\0" not in str(output), "--output holds a character that no path may hold")
     require(bool(output.name), f"--output {output} names no new folder or file")
-    require(output.resolve().parent.is_dir(), f"--output {output}: {output.parent} does not exist; make it first")
+    target = pathlib.Path(os.path.realpath(output))  # `resolve` raises where links run in a circle
+    require(target.parent.is_dir(), f"--output {output}: {output.parent} does not exist; make it first")
     check_writable(epath.Path(output), "--output")
     require(
         kind != "timm" or output.suffix == ".safetensors",
@@ -82,7 +83,7 @@ def _check_output(source: epath.Path, output: pathlib.Path, kind: str, force: bo
         return
     require(force, f"--output {output} exists and is not replaced without --force")
     real = pathlib.Path(os.path.realpath(source))
-    require(output.resolve() not in (real, *real.parents), f"--output {output} is --input, or holds it")
+    require(target not in (real, *real.parents), f"--output {output} is --input, or holds it")
     folder = kind in ("orbax", "transformers")
     require(output.is_dir() == folder, f"--output {output} exists and is no {'folder' if folder else 'file'}")
     if folder:

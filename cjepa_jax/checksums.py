@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from cjepa_jax.errors import one_line
 
@@ -20,7 +21,7 @@ _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 _BLOCK = 1 << 18  # elements that fit a processor's cache
 
 
-def of_tree(tree: Any) -> dict[str, int]:
+def of_tree(tree: PyTree) -> dict[str, int]:
     """Gives the checksum of each leaf by its path, such as "params/encoder/norm/scale".
 
     Leaves are arrays of JAX, whose checksums the devices compute where the arrays are, or of NumPy. All processes that

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jaxtyping import PyTree
 
 from cjepa_jax import checksums
 from cjepa_jax.config import Data, Model
@@ -153,7 +154,7 @@ def shapes(networks: Pretrained, *, classes: int) -> dict[str, Any]:
     return found
 
 
-def check(found: Any, wanted: Any, what: str) -> None:
+def check(found: PyTree, wanted: PyTree, what: str) -> None:
     """Raises UserError where two trees differ in names or shapes, and says which; `what` names the first."""
     has, wants = (
         {jax.tree_util.keystr(k, simple=True, separator="/"): x.shape for k, x in leaves}
@@ -197,7 +198,7 @@ def _read_config(file: epath.Path) -> dict[str, Any]:
     return read_json(file)
 
 
-def _check_size(item: Any, state: epath.Path) -> None:
+def _check_size(item: PyTree, state: epath.Path) -> None:
     """Raises UserError where arrays claim far more than their files can hold; parameters hardly compress."""
     if not is_remote(state):
         claimed = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(item))
@@ -220,7 +221,7 @@ def _nest(step: Any, parts: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
     return state
 
 
-def _place(tree: Any, name: str, state: epath.Path | None = None) -> tuple[str, ...]:
+def _place(tree: PyTree, name: str, state: epath.Path | None = None) -> tuple[str, ...]:
     """Finds a network in a state; where it is lacking, raises UserError about the state's folder, or gives ()."""
     for place in NETWORKS[name]:
         inside = tree
@@ -232,7 +233,7 @@ def _place(tree: Any, name: str, state: epath.Path | None = None) -> tuple[str, 
     return ()
 
 
-def _part(tree: Any, place: Sequence[str]) -> Any:
+def _part(tree: PyTree, place: Sequence[str]) -> PyTree:
     for key in place:
         tree = tree[key]
     return tree
@@ -250,7 +251,7 @@ def _reading(state: epath.Path) -> Iterator[None]:
         raise UserError(f"checkpoint {state.parent} cannot be read ({one_line(error)[:300]})") from error
 
 
-def _metadata(state: epath.Path) -> Any:
+def _metadata(state: epath.Path) -> PyTree:
     """The state's tree of shapes and dtypes."""
     metadata = ocp.PyTreeCheckpointer().metadata(state).item_metadata
     require(metadata is not None, f"checkpoint {state.parent} cannot be read: its metadata is damaged")

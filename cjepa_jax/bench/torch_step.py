@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import torch
+from jaxtyping import PyTree
 from torch import nn
 from torch.nn import functional as F
 
@@ -91,7 +92,7 @@ class TorchPredictor(nn.Module):
 class TorchStep:
     """Takes training steps on one batch of images; on a GPU the networks are compiled."""
 
-    def __init__(self, method: CJEPA, params: Any, images: np.ndarray, masks: Any, *, learning_rate: float):
+    def __init__(self, method: CJEPA, params: PyTree, images: np.ndarray, masks: Any, *, learning_rate: float):
         """Copies the parameters of our method. Raises UserError for settings that this step does not have."""
         config = method.config
         plain = config.vicreg.views == "target_blocks" and not config.vicreg.projector

@@ -1,14 +1,14 @@
 """Accuracy of networks that have a head: fine-tuned ones."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from cjepa_jax.errors import require
 from cjepa_jax.evaluate.base import Evaluator, Rows
@@ -56,7 +56,7 @@ class Accuracy(Evaluator):
 
 
 @jax.jit
-def score(head: Any, features: Float[Array, "n D"], labels: Int[Array, " n"]) -> dict[str, Array]:
+def score(head: PyTree, features: Float[Array, "n D"], labels: Int[Array, " n"]) -> dict[str, Array]:
     """Sums over images: their number, those that are right at once or among the best five, and cross entropies.
 
     An image with a negative label does not count.

@@ -6,14 +6,14 @@ Shapes: B images, N patches in raster order, D width.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import ClassVar, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from etils import epath
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, PyTree, UInt8
 from sklearn.decomposition import PCA
 
 from cjepa_jax import plots, pretrained
@@ -31,7 +31,7 @@ class Shown(NamedTuple):
 
     name: str
     encoder: Encoder
-    params: Any
+    params: PyTree
     networks: pretrained.Pretrained
 
 
@@ -87,7 +87,7 @@ class Attention(Evaluator):
         return rows
 
 
-def _look(shown: Shown, params: Any, images: UInt8[Array, "B H W C"]) -> tuple[jax.Array, jax.Array]:
+def _look(shown: Shown, params: PyTree, images: UInt8[Array, "B H W C"]) -> tuple[jax.Array, jax.Array]:
     networks = shown.networks
     patches = patchify(normalise(images, mean=networks.mean, std=networks.std), networks.model.patch_size)
     return last_layer(shown.encoder, params, patches)
@@ -147,7 +147,7 @@ def _outlined(images: np.ndarray, row: int, column: int, *, patch_size: int) -> 
 
 
 def last_layer(
-    encoder: Encoder, params: Any, patches: Float[Array, "B N F"]
+    encoder: Encoder, params: PyTree, patches: Float[Array, "B N F"]
 ) -> tuple[Float[Array, "B heads N N"], Float[Array, "B N D"]]:
     """Computes the attention of the last block, queries before keys, and the features; float32.
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 import jax
 import numpy as np
 from etils import epath
+from jaxtyping import PyTree
 from matplotlib import colormaps
 from PIL import Image
 
@@ -75,7 +76,7 @@ def patch_features(frozen: Frozen, name: str) -> Callable[[Any, np.ndarray], np.
     """
     model, data = frozen.model, frozen.data
 
-    def apply(params: Any, frames: jax.Array) -> jax.Array:
+    def apply(params: PyTree, frames: jax.Array) -> jax.Array:
         patches = patchify(normalise(frames, mean=data.mean, std=data.std), model.patch_size)
         if name == PIXELS:
             return patches
@@ -87,7 +88,7 @@ def patch_features(frozen: Frozen, name: str) -> Callable[[Any, np.ndarray], np.
     split = sharding.batch(frozen.mesh)
     compiled = jax.jit(apply, in_shardings=(None, split), out_shardings=split)
 
-    def encode(params: Any, frames: np.ndarray) -> np.ndarray:
+    def encode(params: PyTree, frames: np.ndarray) -> np.ndarray:
         batch = jax.ShapeDtypeStruct(frames.shape, frames.dtype, sharding=split)
         mine = frames[np.array(sharding.local_rows(batch))]
         return cast(np.ndarray, sharding.fetch(compiled(params, sharding.from_local_rows(mine, batch))))

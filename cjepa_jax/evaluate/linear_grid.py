@@ -9,12 +9,13 @@ C classes.
 
 import functools
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import PyTree
 
 from cjepa_jax.evaluate.sets import Labelled, spread
 
@@ -35,7 +36,7 @@ class Probe(NamedTuple):
 
     norm: Norm
     params: dict[str, jax.Array]  # kernel [G, D, C], bias [G, C]
-    momentum: Any
+    momentum: PyTree
 
 
 def grid(learning_rates: tuple[float, ...], weight_decays: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -115,7 +116,7 @@ def train_step(
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, wanted)
         return (losses * counted[None, :, 0]).sum() / count  # over the members too: each has a gradient of its own
 
-    def update(rate: jax.Array, decay: jax.Array, grads: Any, momentum: Any, params: Any) -> Any:
+    def update(rate: jax.Array, decay: jax.Array, grads: PyTree, momentum: PyTree, params: PyTree) -> PyTree:
         updates, momentum = _optimizer(rate, decay).update(grads, momentum, params)
         return optax.apply_updates(params, updates), momentum
 

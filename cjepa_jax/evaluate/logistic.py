@@ -5,12 +5,13 @@ Shapes: n training and m test images, D features, C classes.
 
 import dataclasses
 import functools
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from etils import epath
+from jaxtyping import PyTree
 
 from cjepa_jax.evaluate.base import Evaluator, Rows, over_draws
 from cjepa_jax.evaluate.frozen import Frozen
@@ -84,7 +85,7 @@ def fit(
     std = jnp.where(std > 1e-6, std, 1.0)
     zero = jnp.zeros((features.shape[1], classes), features.dtype), jnp.zeros(classes, features.dtype)
 
-    def loss(params: Any) -> jax.Array:
+    def loss(params: PyTree) -> jax.Array:
         logits = Classifier(mean, std, *params).logits(features)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
         return (losses * counted[:, 0]).sum() / n + l2 / (2 * n) * jnp.square(params[0]).sum()
@@ -92,13 +93,13 @@ def fit(
     solver = optax.lbfgs(memory_size=10)
     value_and_grad = optax.value_and_grad_from_state(loss)
 
-    def unfinished(carry: Any) -> jax.Array:
+    def unfinished(carry: PyTree) -> jax.Array:
         _, state, iteration = carry
         grad = optax.tree.get(state, "grad")
         largest = optax.tree.max(jax.tree.map(jnp.abs, grad))
         return (iteration == 0) | ((iteration < iterations) & (largest > tol))
 
-    def iterate(carry: Any) -> Any:
+    def iterate(carry: PyTree) -> PyTree:
         params, state, iteration = carry
         value, grad = value_and_grad(params, state=state)
         updates, state = solver.update(grad, state, params, value=value, grad=grad, value_fn=loss)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Float
+from jaxtyping import Float, PyTree
 
 from cjepa_jax import pretrained
 from cjepa_jax.errors import UserError, require
@@ -87,12 +87,12 @@ def assemble(
     return networks._replace(params=params)
 
 
-def to_tensors(params: Any, names: Names, networks: Pretrained) -> dict[str, np.ndarray]:
+def to_tensors(params: PyTree, names: Names, networks: Pretrained) -> dict[str, np.ndarray]:
     """Returns the tensors of one network by name, positions included; they are views where that is possible."""
     return to_torch(params, names, networks.model.patch_size) | positions(params, names, networks)
 
 
-def to_contiguous_tensors(params: Any, names: Names, networks: Pretrained) -> dict[str, np.ndarray]:
+def to_contiguous_tensors(params: PyTree, names: Names, networks: Pretrained) -> dict[str, np.ndarray]:
     """Returns what `to_tensors` does, as contiguous float32 copies for a file.
 
     Empties the tree on the way, so that no more than one copy of the parameters is in memory.
@@ -108,7 +108,7 @@ def to_contiguous_tensors(params: Any, names: Names, networks: Pretrained) -> di
     return tensors
 
 
-def positions(params: Any, names: Names, networks: Pretrained) -> dict[str, Float[np.ndarray, "1 N D"]]:
+def positions(params: PyTree, names: Names, networks: Pretrained) -> dict[str, Float[np.ndarray, "1 N D"]]:
     """Returns the position embedding of one network by its name, or an empty dict where it has none."""
     if not names.positions:
         return {}

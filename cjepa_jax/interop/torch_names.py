@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from einops import rearrange
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import PyTree
 
 
 class Names(NamedTuple):
@@ -59,7 +60,7 @@ TRANSFORMERS = Names(
 TRANSFORMERS_HEAD = Names({"": "classifier"})
 
 
-def to_torch(params: Any, names: Names, patch_size: int) -> dict[str, np.ndarray]:
+def to_torch(params: PyTree, names: Names, patch_size: int) -> dict[str, np.ndarray]:
     """Returns the tensors of our tree of one network by their names in PyTorch; they are views where possible.
 
     The position embedding is not among them.
@@ -72,7 +73,7 @@ def to_torch(params: Any, names: Names, patch_size: int) -> dict[str, np.ndarray
     return tensors
 
 
-def from_torch(tensors: dict[str, np.ndarray], like: Any, names: Names, patch_size: int) -> Any:
+def from_torch(tensors: dict[str, np.ndarray], like: PyTree, names: Names, patch_size: int) -> PyTree:
     """Does the inverse of `to_torch`: returns the tree that has the paths of `like`.
 
     Takes the tensors out of the dict, so that none is kept in memory twice.

@@ -64,7 +64,7 @@ class Method(abc.ABC):
 
     config: Config
     classes: int = 0  # of the training images' labels; 0 where they have none
-    gather: Callable[[Any], Any] | None = None  # makes a block's parameters whole where devices hold parts of them
+    gather: Callable[[PyTree], PyTree] | None = None  # makes a block's parameters whole, of which devices hold parts
     attend: Attend = attend_xla  # how blocks compute attention
 
     settings: ClassVar[type[Config]] = Config  # the class of `config`

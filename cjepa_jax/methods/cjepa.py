@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, PyTree, UInt8
 
 from cjepa_jax.batch import Batch
 from cjepa_jax.config import Config
@@ -50,7 +50,7 @@ class MaskedImages(NamedTuple):
     masks: Masks
 
 
-def _apply(module: nn.Module, params: Any, *inputs: Any) -> jax.Array:
+def _apply(module: nn.Module, params: PyTree, *inputs: Any) -> jax.Array:
     return cast(jax.Array, module.apply({"params": params}, *inputs))
 
 

@@ -5,11 +5,12 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 LAYER_NORM_EPS = 1e-6
 
 
-def layer_norm(x: jax.Array, *, name: str | None = None, params: Any = None) -> jax.Array:
+def layer_norm(x: jax.Array, *, name: str | None = None, params: PyTree = None) -> jax.Array:
     """LayerNorm over the last axis, as a child of the module that calls it, or with given parameters; gives float32."""
     if params is None:
         return cast(jax.Array, LayerNorm(name=name)(x))

@@ -7,12 +7,13 @@ width, P predictor width.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
+from jaxtyping import PyTree
 
 from cjepa_jax.config import Model
 from cjepa_jax.errors import require
@@ -83,7 +84,7 @@ def build_predictor(
     model: Model,
     *,
     grid: int,
-    gather: Callable[[Any], Any] | None = None,
+    gather: Callable[[PyTree], PyTree] | None = None,
     attend: Attend = attend_xla,
 ) -> Predictor:
     """Builds the predictor that a config describes, with the encoder's heads.

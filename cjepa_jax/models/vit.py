@@ -7,14 +7,14 @@ D width, F = patch_size^2 * channels values of a patch.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, PyTree, UInt8
 
 from cjepa_jax.config import Model
 from cjepa_jax.errors import UserError, nearest, require
@@ -212,7 +212,7 @@ class Layers(NamedTuple):
 
     scanned: bool  # one compiled block in a loop, rather than `depth` of them
     remat: Literal["none", "dots", "full"]  # what the backward pass computes anew: nothing, all but Dense outputs, all
-    gather: Callable[[Any], Any] | None = None  # makes a block's parameters whole; anew on the way back
+    gather: Callable[[PyTree], PyTree] | None = None  # makes a block's parameters whole; anew on the way back
     attend: Attend = attend_xla
 
 
@@ -236,7 +236,7 @@ def apply_blocks(
             x = make(name=name)(x, valid)
         return x
 
-    def layer(x: jax.Array, params: Any, keep: jax.Array | None) -> jax.Array:
+    def layer(x: jax.Array, params: PyTree, keep: jax.Array | None) -> jax.Array:
         whole = layers.gather(params) if layers.gather else params
         return cast(jax.Array, make(parent=None).apply({"params": whole}, x, valid, keep))
 
@@ -302,7 +302,7 @@ def build_encoder(
     model: Model,
     *,
     grid: int,
-    gather: Callable[[Any], Any] | None = None,
+    gather: Callable[[PyTree], PyTree] | None = None,
     attend: Attend = attend_xla,
     trained_grid: int | None = None,
 ) -> Encoder:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers as managers
 
 from cjepa_jax import checksums
@@ -88,7 +89,7 @@ class Checkpointer:
         with storing(self._directory):
             self._manager = ocp.CheckpointManager(absolute(self._directory), options=options)
 
-    def restore(self, abstract_state: Any) -> Any | None:
+    def restore(self, abstract_state: PyTree) -> PyTree | None:
         """Restores the newest state, or gives None where there is none yet.
 
         abstract_state: a TrainState of shapes, dtypes and shardings to restore to. Raises UserError where the
@@ -116,7 +117,7 @@ class Checkpointer:
             raise UserError(f"{damaged[max(damaged)]}; {remedy}")
         return None
 
-    def _read(self, step: int, abstract_state: Any) -> Any:
+    def _read(self, step: int, abstract_state: PyTree) -> PyTree:
         """Restores one state. Raises DamagedError on all processes where one of them cannot; UserError."""
         path = self._directory / str(step)
         failure, reason = None, "another process cannot read it"
@@ -168,7 +169,7 @@ class Checkpointer:
                     return step
         return None
 
-    def save(self, step: int, state: Any, *, calm: bool = True) -> None:
+    def save(self, step: int, state: PyTree, *, calm: bool = True) -> None:
         """Saves, due or not; returns while the writing goes on.
 
         calm: whether loss and gradient are as usual; the newest such checkpoint stays. Raises StorageError where the
@@ -238,7 +239,7 @@ def read_meta(checkpoint: epath.Path) -> dict[str, Any]:
     return read_json(checkpoint / META) if (checkpoint / META).exists() else {}
 
 
-def _as_saved(state: Any, path: epath.Path) -> Any:
+def _as_saved(state: PyTree, path: epath.Path) -> PyTree:
     """Gives a TrainState the layout on disk, which was another one before states had "averages"."""
     metadata = ocp.PyTreeCheckpointer().metadata(absolute(path)).item_metadata
     found = set() if metadata is None else metadata.tree.keys()

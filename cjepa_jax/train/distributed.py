@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jaxtyping import PyTree
 
 from cjepa_jax.errors import UserError, one_line, require
 
@@ -71,7 +72,7 @@ def told_by_first(value: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(value, np.int32)))
 
 
-def wait_for(results: Any) -> None:
+def wait_for(results: PyTree) -> None:
     """Waits until the devices have computed some arrays; says after a minute that other processes are waited for."""
     since = time.monotonic()
     while jax.process_count() > 1 and not all(x.is_ready() for x in jax.tree.leaves(results)):

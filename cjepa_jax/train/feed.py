@@ -3,11 +3,11 @@
 import concurrent.futures
 import time
 from collections.abc import Callable
-from typing import Any
 
 import grain
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from cjepa_jax.batch import Batch
 from cjepa_jax.data import waiting
@@ -39,7 +39,7 @@ class Feed:
         self._check(batch)
         return jax.tree.map(sharding.from_local_rows, batch, self._shapes)
 
-    def take(self, running: Any) -> Batch:
+    def take(self, running: PyTree) -> Batch:
         """Gives the next batch; `running` are results of the step that the devices work on meanwhile.
 
         Raises what went wrong with the batch, such as StalledError where an image does not come. With several

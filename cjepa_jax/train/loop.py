@@ -3,10 +3,10 @@
 import contextlib
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 from etils import epath
+from jaxtyping import PyTree
 
 from cjepa_jax import plots, signals
 from cjepa_jax.config import Config
@@ -76,7 +76,7 @@ def _train(run: Training, workdir: epath.Path, held: lock.Lock, profile: tuple[i
     observe = jax.jit(diagnose)
     step, asked, skipped = start, distributed.GO_ON, 0
     stalled: waiting.StalledError | None = None  # an image does not come, and the run leaves without it
-    running: Any = ()  # the metrics of the step that the devices work on
+    running: PyTree = ()  # the metrics of the step that the devices work on
     pending = None  # metrics are fetched one step late, so that the devices never wait for the host
 
     def probe() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from jaxtyping import PyTree
 
 from cjepa_jax.files import write_whole
 
@@ -26,7 +27,7 @@ class Recorder:
     Nothing is computed or fetched for it in a step that is finite.
     """
 
-    def __init__(self, workdir: epath.Path, *, seed: int, start: int, params: Any):
+    def __init__(self, workdir: epath.Path, *, seed: int, start: int, params: PyTree):
         """`start` is the step that the run begins or goes on from; `params` has the tree of the parameters."""
         self._workdir, self._seed = workdir, seed
         self._saved = start or None  # the step of the newest checkpoint

@@ -1,10 +1,9 @@
 """AdamW and the schedules; all schedules are functions of the step alone."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import PyTree
 
 from cjepa_jax.config import Ema, Optim
 from cjepa_jax.methods.base import Method, Params
@@ -33,7 +32,7 @@ def ema_step_size(ema: Ema, steps: int) -> optax.Schedule:
     return optax.linear_schedule(1 - ema.start, 1 - ema.end, steps)
 
 
-def decay_mask(params: Any) -> Any:
+def decay_mask(params: PyTree) -> PyTree:
     """Tells where weight decay acts: on every parameter that is not 1-D, which leaves out all biases and norms."""
     return jax.tree.map(lambda p: p.ndim > 1, params)
 

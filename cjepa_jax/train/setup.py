@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from jaxtyping import PyTree
 
 from cjepa_jax import pretrained
 from cjepa_jax.config import Config, Data
@@ -97,7 +98,7 @@ def _count_steps(config: Config, *, images: int) -> int:
     return steps
 
 
-def _digest(params: Any) -> str:
+def _digest(params: PyTree) -> str:
     """Tells these parameters from any others."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(params):

@@ -12,11 +12,12 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 from cjepa_jax.config import Mesh as MeshConfig
 from cjepa_jax.errors import require
 
-Place = Callable[[Any], Any]  # puts a tree of arrays where they are wanted; the values stay
+Place = Callable[[PyTree], PyTree]  # puts a tree of arrays where they are wanted; the values stay
 _DATA, _FSDP = "data", "fsdp"
 _TILE = (8, 128)  # of a float32 array in a TPU's memory; a shard of other sizes would be padded to it
 
@@ -74,7 +75,7 @@ def from_local_rows(rows: np.ndarray, shape: jax.ShapeDtypeStruct) -> jax.Array:
     return jax.make_array_from_process_local_data(shape.sharding, rows, shape.shape)
 
 
-def fetch(tree: Any) -> Any:
+def fetch(tree: PyTree) -> PyTree:
     """Fetches whole arrays to the host of every process; all of them must ask."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
@@ -86,7 +87,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def parameters(shapes: Any, mesh: Mesh) -> Any:
+def parameters(shapes: PyTree, mesh: Mesh) -> PyTree:
     """Gives a sharding for each shape of a tree: cut over `fsdp` where the shards tile, else whole.
 
     Raises UserError where most of the numbers would stay whole although they are to be cut.
@@ -104,7 +105,7 @@ def parameters(shapes: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
-def places(config: MeshConfig, mesh: Mesh, params: Any) -> tuple[Place, Place | None, Place]:
+def places(config: MeshConfig, mesh: Mesh, params: PyTree) -> tuple[Place, Place | None, Place]:
     """Gives what `mesh.parameters` does to parameters before a pass, to a block's within it, and to gradients after.
 
     params: the shardings of the parameters. Blocks are left alone by the first where they gather for themselves.
@@ -118,11 +119,11 @@ def places(config: MeshConfig, mesh: Mesh, params: Any) -> tuple[Place, Place | 
     return functools.partial(_outside_blocks, whole), whole, scatter
 
 
-def _stay(tree: Any) -> Any:
+def _stay(tree: PyTree) -> PyTree:
     return tree
 
 
-def _outside_blocks(place: Place, params: Any) -> Any:
+def _outside_blocks(place: Place, params: PyTree) -> PyTree:
     return jax.tree.map_with_path(lambda path, x: x if "block" in jax.tree_util.keystr(path) else place(x), params)
 
 

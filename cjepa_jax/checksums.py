@@ -27,11 +27,12 @@ def of_tree(tree: PyTree) -> dict[str, int]:
     Leaves are arrays of JAX, whose checksums the devices compute where the arrays are, or of NumPy. All processes that
     hold shards call this together, and all get the same.
     """
-    named = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): _on_device(x) if isinstance(x, jax.Array) else _of(x)
-        for path, x in jax.tree_util.tree_leaves_with_path(tree)
-    }
-    return {name: int(number) for name, number in jax.device_get(named).items()}
+    sums: dict[str, int] = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        # One after another: many programs at once that sum over all devices can block one another on CPUs.
+        number = int(jax.device_get(_on_device(x))) if isinstance(x, jax.Array) else _of(x)
+        sums[jax.tree_util.keystr(path, simple=True, separator="/")] = number
+    return sums
 
 
 def differences(found: Mapping[str, int], wanted: Mapping[str, int]) -> str:

@@ -91,7 +91,8 @@ class Model:
         "unrolled", "Every layer compiled, or one layer in a loop, which compiles quicker and runs slower."
     )
     attention: Literal["auto", "xla", "fused"] = setting(
-        "auto", "Fused kernels on TPU where they can serve and XLA elsewhere, or either everywhere; see docs/speed.md."
+        "auto",
+        "Fused kernels on TPU and GPU where they can serve and XLA elsewhere, or one everywhere; see docs/speed.md.",
     )
     remat: Literal["none", "dots", "full"] = setting(
         "none", "What the backward pass computes anew to save memory: nothing, all but Dense outputs, or everything."

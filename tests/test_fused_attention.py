@@ -7,6 +7,7 @@ import functools
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -202,14 +203,15 @@ def test_a_step_is_the_one_that_xla_takes(make_config, monkeypatch, on_one_devic
 # The choice
 
 
-def choose(setting, platform="tpu", shapes=(), dtype="bfloat16"):
-    return attention.choose(setting, platform=platform, per_device=lambda f: f, shapes=shapes, dtype=dtype)
+def choose(setting, platform="tpu", shapes=(), dtype="bfloat16", **kind):
+    device = types.SimpleNamespace(platform=platform, device_kind=platform, **kind)
+    return attention.choose(setting, device=device, per_device=lambda f: f, shapes=shapes, dtype=dtype)
 
 
 def test_auto_is_fused_on_tpu_where_that_can_serve(monkeypatch):
     monkeypatch.setattr(fused_attention, "attend", interpreted)
     qkv, bias, valid, _ = inputs(4, 64)
-    assert choose("auto", "cpu") is choose("auto", "gpu") is choose("xla") is attention.attend_xla
+    assert choose("auto", "cpu") is choose("xla") is attention.attend_xla
     programs = [
         str(jax.make_jaxpr(functools.partial(choose("auto"), heads=heads))(qkv, bias, valid)) for heads in (4, 32)
     ]
@@ -229,10 +231,50 @@ def test_fused_says_what_it_cannot_serve(shape, says):
         choose("fused", shapes=[(16, 256, 4), shape])
 
 
-def test_fused_without_a_tpu_is_one_line(make_config):
+def test_auto_is_cudnn_on_the_gpus_and_for_the_shapes_that_it_serves(monkeypatch):
+    """Here XLA computes what would be asked of cuDNN, which wants a mask of every pair; docs/speed.md has the GPU."""
+    old, amd = choose("auto", "gpu", compute_capability="7.5"), choose("auto", "gpu", compute_capability="gfx942")
+    assert old is amd is attention.attend_xla
+    attend, asked, xla = choose("auto", "gpu", compute_capability="9.0"), [], jax.nn.dot_product_attention
+
+    def ask(q, k, v, *, mask=None, implementation=None):
+        asked.append(implementation)
+        assert implementation is None or mask is None or mask.shape == (len(q), 1, q.shape[1], k.shape[1])
+        with jax.numpy_dtype_promotion("standard"):
+            return xla(q, k, v, mask=mask)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", ask)
+    for dtype, heads, tokens, by in [
+        ("bfloat16", 4, 24, "cudnn"),
+        ("float32", 4, 24, None),
+        ("bfloat16", 64, 24, None),
+        ("bfloat16", 4, 23, None),
+    ]:
+        for masked in (True, False):
+            qkv, bias, valid, _ = inputs(4, 64, tokens=tokens, masked=masked, dtype=dtype)
+            np.testing.assert_array_equal(
+                attend(qkv, bias, valid, heads=heads), attention.attend_xla(qkv, bias, valid, heads=heads)
+            )
+            assert asked[-2:] == [by, None]
+
+
+@pytest.mark.parametrize(
+    "shape, dtype, says",
+    [
+        ((196, 256, 64), "bfloat16", "heads have 4 features, which is no multiple of 8 up to 128"),
+        ((55, 256, 4), "bfloat16", "a sequence has 55 tokens, an odd number"),
+        ((56, 256, 4), "float32", "cuDNN has no attention in float32"),
+    ],
+)
+def test_fused_says_what_cudnn_cannot_serve(shape, dtype, says):
+    with pytest.raises(UserError, match=rf"model\.attention = 'fused' cannot serve: {says}; 'auto' takes XLA there"):
+        choose("fused", "gpu", shapes=[(16, 256, 4), shape], dtype=dtype, compute_capability="8.0")
+
+
+def test_fused_without_a_device_that_has_it_is_one_line(make_config):
     """Before anything is compiled."""
     config = make_config(**WIDE, model__attention="fused")
-    with pytest.raises(UserError, match=r"model\.attention = 'fused' runs on TPU only, .* kind 'cpu'; 'auto' takes"):
+    with pytest.raises(UserError, match=r"model\.attention = 'fused' needs a TPU or .* kind 'cpu'; 'auto' takes"):
         build(CJEPA(config), 10, sharding.make_mesh(config.mesh))
 
 

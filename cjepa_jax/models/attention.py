@@ -3,10 +3,12 @@
 Shapes: S sequences, N tokens, h heads of d features, D = h d.
 """
 
+import functools
 from collections.abc import Iterable
 from typing import Literal, Protocol
 
 import jax
+import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float
 
@@ -44,36 +46,67 @@ def attend_xla(
     return rearrange(jax.nn.dot_product_attention(*split_heads(qkv, bias, heads), mask=mask), "s n h d -> s n (h d)")
 
 
+def attend_cudnn(
+    qkv: Float[Array, "S N 3D"], bias: Float[Array, " 3D"], valid: Bool[Array, "S N"] | None, *, heads: int
+) -> Float[Array, "S N D"]:
+    """Attends by cuDNN's fused kernels for NVIDIA GPUs."""
+    q, k, v = split_heads(qkv, bias, heads)
+    mask = None
+    if valid is not None:  # cuDNN wants a row of its own for every query
+        mask = jnp.broadcast_to(valid[:, None, None, :], (len(valid), 1, qkv.shape[1], qkv.shape[1]))
+    return rearrange(jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn"), "s n h d -> s n (h d)")
+
+
+def _cudnn_unsupported(*, tokens: int, width: int, heads: int, dtype: jax.typing.DTypeLike) -> str | None:
+    """Says why cuDNN cannot serve sequences of `tokens` x `width`, or returns None where it can."""
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return f"cuDNN has no attention in {jnp.dtype(dtype).name}"
+    if width // heads % 8 or width // heads > 128:
+        return f"heads have {width // heads} features, which is no multiple of 8 up to 128"
+    if tokens % 2:
+        return f"a sequence has {tokens} tokens, an odd number"
+    return None
+
+
 def choose(
     setting: Literal["auto", "xla", "fused"],
     *,
-    platform: str,
+    device: jax.Device,
     per_device: PerDevice,
     dtype: str,
     shapes: Iterable[tuple[int, int, int]],
 ) -> Attend:
-    """Gives what `model.attention` asks for on devices of a platform, such as "tpu" or "cpu".
+    """Gives what `model.attention` asks for on devices like this one, which need not exist, as those of a topology.
 
     "auto" decides anew for every shape that it meets. shapes: (tokens, width, heads) of what will be attended to, in
     `dtype`.
-    Raises UserError where "fused" cannot serve the platform or one of the shapes.
+    Raises UserError where "fused" cannot serve the devices or one of the shapes.
     """
+    fused: Attend
+    if device.platform == "tpu":
+        fused = functools.partial(fused_attention.attend, per_device=per_device)
+        unsupported = fused_attention.unsupported
+    else:
+        fused, unsupported = attend_cudnn, _cudnn_unsupported
+    # CUDA's capabilities are "7.5", "8.0" and so on; those of AMD's GPUs are no numbers.
+    capability = getattr(device, "compute_capability", "").split(".")[0]
+    served = device.platform == "tpu" or (capability.isdigit() and int(capability) >= 8)
     if setting == "fused":
         require(
-            platform == "tpu",
-            f"model.attention = 'fused' runs on TPU only, and the devices are of the kind {platform!r}; 'auto' takes "
-            "what there is",
+            served,
+            "model.attention = 'fused' needs a TPU or an NVIDIA GPU of compute capability 8.0 or more, and the devices "
+            f"are of the kind {device.device_kind!r}; 'auto' takes what there is",
         )
         for tokens, width, heads in shapes:
-            reason = fused_attention.unsupported(tokens=tokens, width=width, heads=heads, dtype=dtype)
+            reason = unsupported(tokens=tokens, width=width, heads=heads, dtype=dtype)
             require(reason is None, f"model.attention = 'fused' cannot serve: {reason}; 'auto' takes XLA there")
-    if setting == "xla" or platform != "tpu":
+    if setting == "xla" or not served:
         return attend_xla
 
     def attend(qkv, bias, valid, *, heads):
         _, tokens, width = qkv.shape
-        if fused_attention.unsupported(tokens=tokens, width=width // 3, heads=heads, dtype=qkv.dtype):
+        if unsupported(tokens=tokens, width=width // 3, heads=heads, dtype=qkv.dtype):
             return attend_xla(qkv, bias, valid, heads=heads)
-        return fused_attention.attend(qkv, bias, valid, heads=heads, per_device=per_device)
+        return fused(qkv, bias, valid, heads=heads)
 
     return attend

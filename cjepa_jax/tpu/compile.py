@@ -43,7 +43,7 @@ def _lower_layer(config: Config, mesh: Any, stack: Transformer, *, sequences: in
     dtype = jnp.dtype(config.model.dtype)
     attend = attention.choose(
         config.model.attention,
-        platform=sharding.platform(mesh),
+        device=mesh.devices.flat[0],
         per_device=sharding.per_device(mesh),
         dtype=config.model.dtype,
         shapes=[(stack.tokens, stack.width, stack.heads)],

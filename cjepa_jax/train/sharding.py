@@ -53,11 +53,6 @@ def batch(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec((_DATA, _FSDP)))
 
 
-def platform(mesh: Mesh) -> str:
-    """The kind of the devices, such as "tpu"; they need not exist, as those of a topology."""
-    return str(mesh.devices.flat[0].platform)
-
-
 def per_device(mesh: Mesh) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Makes a function run on each device's own rows: the first axis of all that it takes and gives is the batch."""
     rows = PartitionSpec((_DATA, _FSDP))

@@ -115,7 +115,7 @@ def build(method: Method, steps: int, mesh: jax.sharding.Mesh) -> Program:
     gather, gather_block, scatter = sharding.places(method.config.mesh, mesh, placed.params)
     attend = attention.choose(
         method.config.model.attention,
-        platform=sharding.platform(mesh),
+        device=mesh.devices.flat[0],
         per_device=sharding.per_device(mesh),
         dtype=method.config.model.dtype,
         shapes=[(stack.tokens, stack.width, stack.heads) for stack in method.transformers().values()],

@@ -28,10 +28,16 @@ PAGES = {
     str(path.relative_to(ROOT)): path.read_text() for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 }
 BLOCK = re.compile(r"^```(\w*) ?(.*)\n((?s:.*?))^```$", re.MULTILINE)
-NEEDS = {"checkpoint", "cloud", "data", "libtpu", "network", "time", "tpu"}
+NEEDS = {"checkpoint", "cloud", "data", "gpu", "libtpu", "network", "time", "tpu"}
 STAND_INS = {"CONFIG": "configs/vitb16.py", "SLICE": "v5e:8x8", "FORMAT": "timm", "N": "0"}
 OF_OTHERS = {"pip", "gcloud", "export"}  # programs whose arguments are not ours to check
-TAKE_CONFIG = {"cjepa_jax.main", "cjepa_jax.finetune", "cjepa_jax.compile", "cjepa_jax.evaluate"}
+TAKE_CONFIG = {
+    "cjepa_jax.main",
+    "cjepa_jax.finetune",
+    "cjepa_jax.compile",
+    "cjepa_jax.evaluate",
+    "cjepa_jax.bench.step",
+}
 
 
 def blocks() -> list[tuple[str, str, str, str]]:

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import sklearn.datasets
-from PIL import Image
+from PIL import Image, ImageEnhance
 
 from cjepa_jax.data import decode
 from cjepa_jax.data.augment import Augmentation, augment
@@ -489,3 +489,30 @@ def test_blur_comes_with_its_probability_and_smooths(make_data):
 def test_colours_need_colours(make_data):
     with pytest.raises(UserError, match=r"data\.color needs RGB"):
         make_data(color=1.0, mean=(0.5,), std=(0.5,))
+
+
+def test_solarisation_comes_with_its_probability_and_inverts_bright_values():
+    rng, view = np.random.default_rng(0), Augmentation((1.0, 1.0), (1.0, 1.0), solarize=0.3)
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)
+    inverted = np.where(ramp < 128, ramp, 255 - ramp)
+    found = [augment(ramp, view, rng) for _ in range(400)]
+    share = np.mean([(pixels == inverted).all() for pixels in found])
+    assert abs(share - 0.3) < 0.1
+    assert all((pixels == inverted).all() or (pixels == ramp).all() for pixels in found)
+
+
+@pytest.mark.parametrize("saturation", [1.0, 0.5])
+def test_saturation_has_a_strength_of_its_own(monkeypatch, saturation):
+    factors = {"Brightness": [], "Contrast": [], "Color": []}
+    for name, found in factors.items():
+        enhance = getattr(ImageEnhance, name).enhance
+        record = lambda self, factor, found=found, enhance=enhance: (found.append(factor), enhance(self, factor))[1]  # noqa: E731
+        monkeypatch.setattr(getattr(ImageEnhance, name), "enhance", record)
+    view = Augmentation((1.0, 1.0), (1.0, 1.0), color=0.5, saturation=saturation)
+    rng = np.random.default_rng(0)
+    for _ in range(600):
+        augment(np.zeros((4, 4, 3), np.uint8), view, rng)
+    strengths = {"Brightness": 0.4, "Contrast": 0.4, "Color": 0.4 * saturation}
+    for name, strength in strengths.items():
+        lowest, highest = min(factors[name]), max(factors[name])
+        assert 1 - strength <= lowest < 1 - 0.95 * strength and 1 + 0.95 * strength < highest <= 1 + strength

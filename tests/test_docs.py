@@ -19,8 +19,7 @@ import sys
 import pytest
 
 from cjepa_jax.evaluate.config import Evaluation
-from cjepa_jax.methods.cjepa import CJEPAConfig
-from cjepa_jax.methods.supervised import SupervisedConfig
+from cjepa_jax.methods import METHODS
 from cjepa_jax.settings import keys
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -90,7 +89,7 @@ def start(module: str, arguments: list[str]) -> tuple[int, str]:
 def processes():
     """Runs each task in a process of its own, which need not import JAX anew."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cjepa_jax.methods.cjepa", "cjepa_jax.evaluate.config"])
+    context.set_forkserver_preload(["cjepa_jax.methods", "cjepa_jax.evaluate.config"])
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
         yield pool
 
@@ -146,7 +145,7 @@ def check_own(module: str, arguments: list[str], mark: str, processes) -> None:
 def test_settings_in_the_prose_exist(page):
     known = {
         name
-        for cls in (CJEPAConfig, SupervisedConfig, Evaluation)
+        for cls in (*(method.settings for method in METHODS.values()), Evaluation)
         for key in keys(cls)
         for name in (key.name, key.formerly)
         if name

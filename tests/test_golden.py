@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import pytest
 
 from cjepa_jax.batch import Batch
-from cjepa_jax.methods import find_method
+from cjepa_jax.methods import METHODS, find_method
 from cjepa_jax.methods.cjepa import CJEPA
 from cjepa_jax.settings import flatten, parse
 from cjepa_jax.train.optimizer import decay_mask
@@ -57,7 +57,7 @@ def test_settings_in_full(name, request):
 def test_parameters_and_decay(name, request):
     """Every config builds from shapes alone, one whole step included; its parameters, and which of them decay."""
     config = resolved(name)
-    method = CJEPA(config)
+    method = METHODS[config.method](config)
     state = jax.eval_shape(functools.partial(init_state, method=method, steps=1000), jax.random.key(0))
     lines = []
     decayed = jax.tree.leaves(decay_mask(state.params))
@@ -67,7 +67,8 @@ def test_parameters_and_decay(name, request):
     check(GOLDEN / f"{name}.txt", "".join(lines), request)
 
     data = config.data
-    images = jax.ShapeDtypeStruct((8, data.image_size, data.image_size, data.channels), jnp.uint8)
+    views = (len(method.views),) if len(method.views) > 1 else ()
+    images = jax.ShapeDtypeStruct((8, *views, data.image_size, data.image_size, data.channels), jnp.uint8)
     batch = Batch(images, jax.ShapeDtypeStruct((8,), jnp.int32))
     step = functools.partial(train_step, method=method, steps=1000)
     after, metrics, _ = jax.eval_shape(step, state, batch, jax.random.key(0))

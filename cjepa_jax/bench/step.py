@@ -5,7 +5,7 @@
 
 --config=FILE            an experiment of pre-training; --config.GROUP.KEY=VALUE overrides a setting
 --rounds=10              steps that are timed, after two that are not
---against=torch          takes turns with the same mathematics in PyTorch: eager on a CPU, with as many
+--against=torch          takes turns with the same mathematics in PyTorch, for C-JEPA: eager on a CPU, with as many
                          threads as there are cores; compiled and with fused AdamW on a GPU
 
 Images are random and lie on the devices, so that reading them costs nothing. The two ways start from
@@ -26,23 +26,27 @@ from absl import flags
 
 from cjepa_jax import command
 from cjepa_jax.batch import Batch
+from cjepa_jax.config import Config
 from cjepa_jax.errors import require
-from cjepa_jax.methods import METHODS
-from cjepa_jax.methods.cjepa import CJEPA, CJEPAConfig
+from cjepa_jax.methods import METHODS, find_method
+from cjepa_jax.methods.cjepa import CJEPA
 from cjepa_jax.train import optimizer, sharding
 from cjepa_jax.train.step import build
 
 _STEPS = 100_000  # of the run whose first steps are timed
 
 
-def measure(config: CJEPAConfig, *, rounds: int, against_torch: bool) -> str:
+def measure(config: Config, *, rounds: int, against_torch: bool) -> str:
     """Times `rounds` steps of each way, in turns, and returns the table.
 
     Raises UserError where the settings do not fit the devices, or PyTorch's step does not have them.
     """
+    kind = METHODS[config.method]
+    require(not kind.needs_labels, f"method = {config.method!r}: only steps of pre-training are timed")
+    require(not against_torch or kind is CJEPA, f"--against=torch knows the method cjepa only, not {config.method!r}")
     if config.model.dtype == "float32":  # as in training
         jax.config.update("jax_default_matmul_precision", "highest")
-    method = CJEPA(config)
+    method = kind(config)
     program = build(method, _STEPS, sharding.make_mesh(config.mesh))
     root = jax.random.key(0)
     rng = np.random.default_rng(0)
@@ -58,6 +62,7 @@ def measure(config: CJEPAConfig, *, rounds: int, against_torch: bool) -> str:
             torch.set_num_threads(os.cpu_count() or 1)
         from cjepa_jax.bench.torch_step import TorchStep
 
+        assert isinstance(method, CJEPA)
         masks = jax.device_get(method.prepare(batch, jax.random.fold_in(root, 0)).masks)
         rate = float(optimizer.learning_rate(config.optim, _STEPS)(0))
         ways["PyTorch"] = TorchStep(method, jax.device_get(state.params), images, masks, learning_rate=rate)
@@ -105,7 +110,7 @@ def main() -> None:
     against = flags.DEFINE_enum("against", None, ["torch"], "What to take turns with.")
 
     def run() -> None:
-        _, config = command.read_config(lambda values: METHODS["cjepa"].settings)
+        _, config = command.read_config(lambda values: find_method(values).settings)
         require(
             not against.value or importlib.util.find_spec("torch") is not None,
             "--against=torch needs PyTorch: pip install torch",

@@ -105,7 +105,7 @@ def _encoders(frozen: Frozen, checkpoint: epath.Path) -> list[Shown]:
     encoder = encoder_for(networks.model, image_size=frozen.data.image_size, trained_size=networks.image_size)
     workdir, _ = pretrained.describe(checkpoint)
     where = f"{workdir.name}, step {networks.step}"
-    kinds = {"target_encoder": "target encoder", "encoder": "context encoder"}
+    kinds = {"target_encoder": "target encoder", "encoder": "context encoder" if len(names) > 1 else "encoder"}
     return [Shown(f"{where}\n{kinds[name]}", encoder, networks.params[name], networks) for name in names]
 
 

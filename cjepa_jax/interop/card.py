@@ -88,7 +88,7 @@ def _training(config: Mapping[str, Any]) -> str:
     method = find_method(config)
     if method.needs_labels:
         return f"{'Trained from scratch' if config.get('model.encoder') == 'random' else 'Fine-tuned'} with labels"
-    name = config.get("method", "cjepa")
+    name = method.__name__
     if method is METHODS["cjepa"]:
         name = "C-JEPA" if config.get("vicreg.weight") else "I-JEPA"
     return f"Pre-trained with {name}, self-supervised"

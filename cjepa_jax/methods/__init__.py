@@ -7,10 +7,12 @@ from cjepa_jax.errors import nearest, require
 from cjepa_jax.methods.base import Method
 from cjepa_jax.methods.cjepa import CJEPA
 from cjepa_jax.methods.supervised import Supervised
+from cjepa_jax.methods.vicreg import VICReg
 
 METHODS: dict[str, type[Method]] = {
     "cjepa": CJEPA,
     "supervised": Supervised,
+    "vicreg": VICReg,
 }
 
 

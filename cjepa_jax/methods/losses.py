@@ -20,13 +20,9 @@ TARGET_NORM_EPS = 1e-5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Vicreg:
-    """The regulariser: weight * (invariance * sim + variance * std + covariance * cov)."""
+class Coefficients:
+    """VICReg's three terms: invariance * sim + variance * std + covariance * cov."""
 
-    weight: float = setting(0.001, "Weight of the regulariser; 0 is I-JEPA.", within="[0, 1e6]")
-    views: Literal["target_blocks", "context_target"] = setting(
-        "target_blocks", "What is compared: as in the paper's Algorithm 1, or as in its pseudocode."
-    )
     invariance: float = setting(25.0, "Coefficient of the distance between views.", within="[0, 1e6]")
     variance: float = setting(25.0, "Coefficient of the missing standard deviation.", within="[0, 1e6]")
     covariance: float = setting(1.0, "Coefficient of the covariances.", within="[0, 1e6]")
@@ -34,6 +30,20 @@ class Vicreg:
         1.0, "The standard deviation that the variance term asks of each dimension.", within="[0, 1000]"
     )
     eps: float = setting(1e-4, "Added to variances before the square root.", within="[1e-20, 1]")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Placement:
+    weight: float = setting(0.001, "Weight of the regulariser; 0 is I-JEPA.", within="[0, 1e6]")
+    views: Literal["target_blocks", "context_target"] = setting(
+        "target_blocks", "What is compared: as in the paper's Algorithm 1, or as in its pseudocode."
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Vicreg(Coefficients, _Placement):
+    """The regulariser of C-JEPA: weight * (invariance * sim + variance * std + covariance * cov)."""
+
     projector: tuple[int, ...] = setting(
         (), "Widths of an MLP with batch norm; () is the identity.", within="[1, 65536]"
     )
@@ -72,7 +82,7 @@ def prediction_error(
     return (error * weight).sum(axis=(1, 2, 3)), weight.sum(axis=(1, 2, 3)) * error.shape[-1]
 
 
-def variance_term(z: Float[Array, "*V B d"], vicreg: Vicreg) -> Float[Array, "*V"]:
+def variance_term(z: Float[Array, "*V B d"], vicreg: Coefficients) -> Float[Array, "*V"]:
     """Computes v(z): how far each dimension's std over the batch falls short of gamma, on average.
 
     VICReg (arXiv 2105.04906) equations 1 and 2.
@@ -90,8 +100,8 @@ def covariance_term(z: Float[Array, "*V B d"]) -> Float[Array, "*V"]:
     return jnp.square(off_diagonal).sum(axis=(-2, -1)) / d
 
 
-def target_blocks(z: Float[Array, "M B d"], vicreg: Vicreg) -> Regulariser:
-    """Takes the M predicted blocks as views of an image, as Algorithm 1 of C-JEPA does.
+def target_blocks(z: Float[Array, "M B d"], vicreg: Coefficients) -> Regulariser:
+    """Takes the M predicted blocks as views of an image, as Algorithm 1 of C-JEPA does; VICReg's loss has M = 2.
 
     Over the ordered pairs i != j: the mean of mean (z_i - z_j)^2, which is twice
     the unbiased variance over the views; of (v(z_i) + v(z_j)) / 2, which is the
@@ -113,8 +123,13 @@ def context_target(context: Float[Array, "B d"], target: Float[Array, "B d"], vi
     )
 
 
-def weighted(terms: Regulariser, vicreg: Vicreg) -> Float[Array, ""]:
-    """Adds the terms with their coefficients: b_vicreg (b_sim sim + b_std std + b_cov cov), equation 22 of C-JEPA."""
-    return vicreg.weight * (
+def combined(terms: Regulariser, vicreg: Coefficients) -> Float[Array, ""]:
+    """Adds the terms with their coefficients, VICReg's equation 6: b_sim sim + b_std std + b_cov cov."""
+    return (
         vicreg.invariance * terms.invariance + vicreg.variance * terms.variance + vicreg.covariance * terms.covariance
     )
+
+
+def weighted(terms: Regulariser, vicreg: Vicreg) -> Float[Array, ""]:
+    """Weighs the terms as C-JEPA's equation 22 does: b_vicreg (b_sim sim + b_std std + b_cov cov)."""
+    return vicreg.weight * combined(terms, vicreg)

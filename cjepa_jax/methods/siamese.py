@@ -1,0 +1,133 @@
+"""What methods share that compare augmented views of an image: one encoder, mean pooling, and an MLP with batch norm.
+
+Shapes: B images of the global batch, V views of each, N patches, D encoder width, d projected width.
+"""
+
+import abc
+import dataclasses
+from functools import cached_property
+from typing import cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float, PyTree
+
+from cjepa_jax.batch import Batch
+from cjepa_jax.config import Config
+from cjepa_jax.data.augment import Augmentation
+from cjepa_jax.errors import require
+from cjepa_jax.methods.base import Inputs, Method, Outputs, Params, Transformer
+from cjepa_jax.models.projector import Projector
+from cjepa_jax.models.vit import Encoder, build_encoder, normalise, parse_size, patchify
+from cjepa_jax.settings import group, setting
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AugmentedViews:
+    """How the views of an image differ, beside the random crop, flip and colours that `data` describes for all."""
+
+    blur: tuple[float, ...] = setting(
+        (0.5, 0.5), "Probability of SimCLR's Gaussian blur, a number for each view.", within="[0, 1]"
+    )
+    solarize: tuple[float, ...] = setting(
+        (0.0, 0.0), "Probability of solarisation, a number for each view.", within="[0, 1]"
+    )
+    saturation: float = setting(
+        1.0, "Factor on what data.color does to the saturation; BYOL's and VICReg's is 0.5.", within="[0, 10]"
+    )
+
+    def __post_init__(self):
+        require(
+            len(self.blur) == len(self.solarize) >= 2,
+            "views.blur and views.solarize must have one number for each view, and at least two, got "
+            f"{self.blur} and {self.solarize}",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SiameseConfig(Config):
+    """Settings of a method that compares augmented views."""
+
+    views: AugmentedViews = group(AugmentedViews, "How the augmented views of an image differ.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.data.blur == 0, f"data.blur = {self.data.blur} must be 0: views.blur says it for each view")
+
+
+def apply(module: nn.Module, params: PyTree, x: jax.Array) -> jax.Array:
+    """Runs a network of one input and one output."""
+    return cast(jax.Array, module.apply({"params": params}, x))
+
+
+@dataclasses.dataclass(frozen=True)
+class Siamese(Method):
+    """Encodes every view by the same network; a method of this kind adds `projector` and `loss`.
+
+    The projector's batch norm sees the whole global batch, so it runs in `loss`.
+    """
+
+    config: SiameseConfig
+
+    def __post_init__(self):
+        size, patch = self.config.data.image_size, self.config.model.patch_size
+        require(size % patch == 0, f"model.patch_size = {patch} does not divide data.image_size = {size}")
+        _ = self.encoder
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """Builds the network that is to be trained."""
+        return build_encoder(self.config.model, grid=self.config.grid, gather=self.gather, attend=self.attend)
+
+    @property
+    @abc.abstractmethod
+    def projector(self) -> Projector:
+        """Builds the network from pooled features to what the loss compares."""
+
+    @property
+    def views(self) -> tuple[Augmentation, ...]:
+        """Describes the views: the crop, flip and colours of `data`, each with its own blur and solarisation."""
+        (shared,) = super().views
+        views = self.config.views
+        shared = dataclasses.replace(shared, saturation=views.saturation)
+        return tuple(
+            dataclasses.replace(shared, blur=blur, solarize=solarize)
+            for blur, solarize in zip(views.blur, views.solarize, strict=True)
+        )
+
+    def init(self, rng: jax.Array) -> Params:
+        """Draws the parameters of encoder and projector."""
+        rng_encoder, rng_projector = jax.random.split(rng)
+        values = self.config.model.patch_size**2 * self.config.data.channels
+        pooled = jnp.zeros((2, self.encoder.size.width))
+        return {
+            "encoder": self.encoder.init(rng_encoder, jnp.zeros((1, self.config.grid**2, values)))["params"],
+            "projector": self.projector.init(rng_projector, pooled).get("params", {}),
+        }
+
+    def prepare(self, batch: Batch, rng: jax.Array) -> Inputs:
+        """Gives the views [B, V, H, W, C] uint8; their random draws were made when the images were read."""
+        return batch.images
+
+    def forward(self, params: Params, averages: Params, inputs: Inputs) -> Outputs:
+        """Computes the mean of the patches' features of each view, "views" [B, V, D]; "features" are the first view's.
+
+        inputs: images [B, V, H, W, C] uint8.
+        """
+        data = self.config.data
+        images = normalise(rearrange(inputs, "b v h w c -> (b v) h w c"), mean=data.mean, std=data.std)
+        features = apply(self.encoder, params["encoder"], patchify(images, self.config.model.patch_size))
+        views = rearrange(features.mean(axis=1), "(b v) d -> b v d", v=len(self.views))
+        return {"views": views, "features": views[:, 0]}
+
+    def project(self, params: Params, outputs: Outputs) -> Float[Array, "V B d"]:
+        """Projects the pooled features of the whole batch; the batch norm is over the images, apart for each view."""
+        return apply(self.projector, params["projector"], rearrange(outputs["views"], "b v d -> v b d"))
+
+    def transformers(self) -> dict[str, Transformer]:
+        """Lists the encoder, which runs once for each view."""
+        size, tokens, views = parse_size(self.config.model.size), self.config.grid**2, len(self.views)
+        values = self.config.model.patch_size**2 * self.config.data.channels
+        return {"encoder": Transformer(views, tokens, *size, False, True, 2 * values * size.width * tokens * views)}

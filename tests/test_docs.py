@@ -4,23 +4,18 @@ What stands behind the language of a code block says how its commands are checke
 """
 
 import ast
-import concurrent.futures
-import contextlib
-import io
-import multiprocessing
 import os
 import pathlib
 import re
-import runpy
 import shlex
 import subprocess
-import sys
 
 import pytest
 
 from cjepa_jax.evaluate.config import Evaluation
 from cjepa_jax.methods import METHODS
 from cjepa_jax.settings import keys
+from tests import commands
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = {
@@ -44,7 +39,7 @@ def blocks() -> list[tuple[str, str, str, str]]:
     return [(page, *match) for page, text in PAGES.items() for match in BLOCK.findall(text)]
 
 
-def commands(text: str) -> list[list[str]]:
+def command_lines(text: str) -> list[list[str]]:
     """The words of each command line of a block, with values in place of placeholders."""
     lines = text.replace("\\\n", " ").splitlines()
     found = [shlex.split(line, comments=True) for line in lines]
@@ -64,34 +59,15 @@ def prose_of(text: str) -> str:
 def all_commands() -> list:
     """The mark and words of every command line of the pages, in blocks and, without a mark, in the prose."""
     found = [
-        (page, mark, words) for page, language, mark, text in blocks() if language == "bash" for words in commands(text)
+        (page, mark, words)
+        for page, language, mark, text in blocks()
+        if language == "bash"
+        for words in command_lines(text)
     ]
     for page, text in PAGES.items():
         inline = re.findall(r"`(python -m cjepa_jax[^`]*)`", prose_of(text))
-        found += [(page, "", words) for code in inline for words in commands(code)]
+        found += [(page, "", words) for code in inline for words in command_lines(code)]
     return [pytest.param(mark, words, id=f"{page}: {' '.join(words)}") for page, mark, words in found]
-
-
-def start(module: str, arguments: list[str]) -> tuple[int, str]:
-    """Runs `python -m module arguments`; returns its exit code and what it printed."""
-    os.chdir(ROOT)
-    sys.argv = [module, *arguments]
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-        try:
-            runpy.run_module(module, run_name="__main__", alter_sys=True)
-        except SystemExit as stop:
-            return int(stop.code or 0), printed.getvalue()
-    return 0, printed.getvalue()
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """Runs each task in a process of its own, which need not import JAX anew."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cjepa_jax.methods", "cjepa_jax.evaluate.config"])
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
-        yield pool
 
 
 def test_every_block_says_how_it_is_checked():
@@ -111,7 +87,7 @@ def test_every_block_says_how_it_is_checked():
 
 
 @pytest.mark.parametrize("mark, words", all_commands())
-def test_command(mark, words, processes):
+def test_command(mark, words):
     if words[0] in OF_OTHERS:
         assert mark.startswith("needs=")
     elif words[0] == "make":
@@ -123,18 +99,19 @@ def test_command(mark, words, processes):
         assert all((ROOT / word).is_file() for word in words if word.startswith("tests/"))
     else:
         assert words[1] == "-m" and words[0].endswith("python")
-        check_own(words[2], words[3:], mark, processes)
+        check_own(words[2], words[3:], mark)
 
 
-def check_own(module: str, arguments: list[str], mark: str, processes) -> None:
+def check_own(module: str, arguments: list[str], mark: str) -> None:
     """Checks flags and settings of a command of this package: after them, --help only prints."""
     given = [] if mark == "run" else ["--help"]
     if module == "cjepa_jax.evaluate" and given:
         given.append("--config=configs/evaluate.py")
         methods = [word.partition("=")[2] for word in arguments if word.startswith("--method=")]
         assert set(",".join(methods).split(",")) <= Evaluation().evaluators.keys() | {""}
-    code, said = processes.submit(start, module, [*arguments, *given]).result()
-    assert code == 0, said
+    done = commands.run(module, *arguments, *given)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
     assert len(said) > 100
     if module not in TAKE_CONFIG:  # these print their help before they look at other flags
         flags = {word.partition("=")[0] for word in arguments if word.startswith("--")}

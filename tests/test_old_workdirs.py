@@ -7,10 +7,7 @@ later format gets a fixture of its own.
 """
 
 import json
-import os
 import pathlib
-import subprocess
-import sys
 import tarfile
 
 import jax
@@ -25,6 +22,7 @@ from cjepa_jax.methods import find_method
 from cjepa_jax.settings import parse
 from cjepa_jax.train.loop import train
 from configs import digits, finetune_digits
+from tests import commands
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 TEN_STEPS = {"log.every": 1, "checkpoint.every": 5, "eval.every": 4, "data.batch_size": 16}
@@ -132,7 +130,7 @@ def test_new_runs_start_from_them(old, tmp_path, name):
 
 
 def command(*arguments):
-    done = subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, env=os.environ)
+    done = commands.run(*arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

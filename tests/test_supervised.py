@@ -2,11 +2,8 @@
 
 import functools
 import json
-import os
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +23,7 @@ from cjepa_jax.settings import parse
 from cjepa_jax.train import nonfinite, optimizer, sharding, step
 from cjepa_jax.train.loop import train
 from configs import finetune_digits, finetune_vitb16
+from tests import commands
 
 ROOT = pathlib.Path(__file__).parents[1]
 RUN = dict(data__train_split="train[:96]", optim__epochs=1.0, optim__warmup_epochs=0.2, checkpoint__every=3)
@@ -277,15 +275,15 @@ def test_six_steps_equal_three_and_three_bit_for_bit(finished, network, tmp_path
 
 def test_the_command(network, tmp_path):
     """A larger image, which the fixed positions allow, RandAugment on grey images, and no average."""
-    command = [sys.executable, "-m", "cjepa_jax.finetune", "--config=configs/finetune_digits.py"]
+    command = ["cjepa_jax.finetune", "--config=configs/finetune_digits.py"]
     small = ["data.train_split=train[:16]", "data.image_size=12", "data.batch_size=8", "augment.randaugment=2"]
     small += ["optim.epochs=1", "optim.warmup_epochs=0", "ema.start=0", "ema.end=0", "eval.every=1000"]
     arguments = [f"--workdir={tmp_path / 'run'}", f"--checkpoint={network}", *(f"--config.{s}" for s in small)]
-    done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    done = commands.run(*command, *arguments)
     assert done.returncode == 0, done.stderr
     assert "supervised: 16x2x2/2 on 16 images of 10 classes" in done.stderr
     assert "accuracy" in done.stdout and "parameters" in done.stdout and "average" not in done.stdout
-    done = subprocess.run([*command, *arguments[:1]], cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    done = commands.run(*command, arguments[0])
     assert done.returncode == 2 and done.stderr.startswith("error: --init is missing")
 
 

@@ -22,6 +22,7 @@ from cjepa_jax import settings
 from cjepa_jax.errors import UserError
 from cjepa_jax.settings import flatten
 from cjepa_jax.train import checkpoint, loop, nonfinite
+from tests import commands
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = [
@@ -42,7 +43,7 @@ def command(*arguments: str) -> list[str]:
 
 def run(*arguments: str, code: int = 0) -> str:
     """What the command printed; checks its exit code."""
-    done = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ)
+    done = commands.run("cjepa_jax.main", *arguments)
     assert done.returncode == code, done.stderr
     return done.stdout + done.stderr
 

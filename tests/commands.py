@@ -1,0 +1,60 @@
+"""Commands in processes of their own, which need not import JAX anew: a server that has it forks them."""
+
+import atexit
+import functools
+import multiprocessing
+import os
+import pathlib
+import runpy
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+
+ROOT = pathlib.Path(__file__).parents[1]
+IMPORTED = ["cjepa_jax.train.loop", "cjepa_jax.evaluate.report", "cjepa_jax.interop.conversion", "tests.commands"]
+
+
+@functools.cache
+def _forks() -> multiprocessing.context.ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    return context
+
+
+def _child(module: str, arguments: tuple[str, ...], stdout: str, stderr: str) -> None:
+    os.chdir(ROOT)
+    for number, path in ((1, stdout), (2, stderr)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
+    sys.argv = [module, *arguments]
+    code: int | str = 0
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as stop:
+        code = stop.code or 0
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    # In the order in which an interpreter ends, which is not that of a fork.
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs `python -m module arguments`, with this process's environment as it was at the first call."""
+    with tempfile.NamedTemporaryFile("r") as stdout, tempfile.NamedTemporaryFile("r") as stderr:
+        process = _forks().Process(target=_child, args=(module, arguments, stdout.name, stderr.name))
+        process.start()
+        process.join(300)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+        code = process.exitcode
+        process.close()
+        return subprocess.CompletedProcess([module, *arguments], code, stdout.read(), stderr.read())

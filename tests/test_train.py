@@ -262,6 +262,7 @@ FOLDER = [
     "--config.mask.context_tokens=24",
     "--config.mask.min_keep=4",
     "--config.optim.warmup_epochs=0.5",
+    "--config.eval.evaluators=('knn',)",
     *SMALL,
 ]
 

@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -167,7 +167,7 @@ def _folder(data: Data, split: str) -> Source:
     )
 
 
-def _parts(split: str, **splits: Sequence[Any]) -> list[tuple[str, slice]]:
+def _parts(split: str, **splits: Sized) -> list[tuple[str, slice]]:
     """Returns what a split expression such as "train[:80%]+test" selects of named sequences."""
     import tensorflow_datasets as tfds
 

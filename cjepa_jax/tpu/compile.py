@@ -20,10 +20,10 @@ from cjepa_jax.models import attention
 from cjepa_jax.models.vit import Block
 from cjepa_jax.tpu import chips, cost, flops
 from cjepa_jax.train import sharding
-from cjepa_jax.train.step import build
+from cjepa_jax.train.step import Program, build
 
 
-def make_mesh(config: Mesh, topology: str) -> Any:
+def make_mesh(config: Mesh, topology: str) -> jax.sharding.Mesh:
     """Makes a mesh on the chips of a slice that need not exist."""
     kind, _, shape = topology.partition(":")
     options: dict[str, Any] = {"chip_config_name": "megacore"} if kind in ("v4", "v5p") else {}
@@ -33,12 +33,12 @@ def make_mesh(config: Mesh, topology: str) -> Any:
     return sharding.make_mesh(config, devices)  # type: ignore[arg-type]
 
 
-def _lower(program: Any) -> Any:
+def _lower(program: Program) -> jax.stages.Lowered:
     """Lowers the training step that `train` runs from shapes alone."""
     return program.step.trace(program.state, program.batch, jax.eval_shape(lambda: jax.random.key(0))).lower()
 
 
-def _lower_layer(config: Config, mesh: Any, stack: Transformer, *, sequences: int) -> Any:
+def _lower_layer(config: Config, mesh: jax.sharding.Mesh, stack: Transformer, *, sequences: int) -> jax.stages.Lowered:
     """Lowers one block on tokens of `model.dtype`, with its gradients where the stack is trained."""
     dtype = jnp.dtype(config.model.dtype)
     attend = attention.choose(
@@ -68,7 +68,7 @@ def _lower_layer(config: Config, mesh: Any, stack: Transformer, *, sequences: in
     return jitted.trace(params, x, valid, x if stack.trained else None).lower()
 
 
-def _compile(lowered: Any, label: str) -> tuple[Any, float]:
+def _compile(lowered: jax.stages.Lowered, label: str) -> tuple[jax.stages.Compiled, float]:
     """Returns the compiled program and the seconds that it took. Raises UserError where it does not fit."""
     start = time.perf_counter()
     try:
@@ -135,7 +135,12 @@ def compile_step(config: Config, topology: str, *, images: int, classes: int) ->
             lowered = _lower(program)
         compiled, seconds = _compile(lowered, f"compiling it for {topology}")
     stacks = method.transformers()
-    report = {"chips": mesh.size, "epochs": config.optim.epochs, "steps": steps, "compile_seconds": seconds}
+    report: dict[str, Any] = {
+        "chips": mesh.size,
+        "epochs": config.optim.epochs,
+        "steps": steps,
+        "compile_seconds": seconds,
+    }
     report |= {"forward_flops_per_image": {name: flops.forward(stack) for name, stack in stacks.items()}}
     report |= cost.describe(compiled, chip, shape)
     cost.add_step(report, useful=flops.step(stacks.values()), batch=config.data.batch_size, chip=chip)

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import jax
+
 from cjepa_jax.tpu import chips, hlo, kernels
 
 METHOD = """\
@@ -12,9 +14,11 @@ are in it. Not in it: the operations listed as not costed, stalls, latency, the 
 pipeline, checkpoints, probes. Good for ranking designs that differ by more than 5 %; it is no throughput."""
 
 
-def describe(compiled: Any, chip: chips.Chip, shape: tuple[int, ...]) -> dict[str, Any]:
+def describe(compiled: jax.stages.Compiled, chip: chips.Chip, shape: tuple[int, ...]) -> dict[str, Any]:
     """Returns what one compiled program costs on one chip of a slice of this shape; all seconds are predicted."""
-    memory, program = compiled.memory_analysis(), hlo.analyse(compiled.as_text())
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and text is not None  # the TPU compiler gives both
+    program = hlo.analyse(text)
     bandwidth = chips.ici_bandwidth(chip, shape)
     found = _kernels(program, chip)
     not_costed = {name: value._asdict() for name, value in program.uncosted.items()}

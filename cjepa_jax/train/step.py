@@ -93,7 +93,7 @@ class Program(NamedTuple):
     """The jitted parts of a run on a mesh, and where their arrays live."""
 
     init: Callable[[jax.Array], TrainState]  # rng -> state
-    step: Any  # state, batch, rng -> state, metrics, Observed; the first argument is given away
+    step: jax.stages.Wrapped  # state, batch, rng -> state, metrics, Observed; the first argument is given away
     state: TrainState  # shapes, dtypes and shardings
     batch: Batch  # the same, of a global batch
     split: jax.sharding.NamedSharding  # the first axis over all devices

@@ -1,10 +1,11 @@
 """Predicts seconds, MFU and hours from what a compiled program says about itself; nothing here is a measurement."""
 
-from typing import Any
-
-import jax
+from typing import TYPE_CHECKING, Any
 
 from cjepa_jax.tpu import chips, hlo, kernels
+
+if TYPE_CHECKING:  # who formats a report should not wait for JAX
+    import jax
 
 METHOD = """\
 Predicted, not measured: the TPU compiler's cycle estimates for its own schedule, each as often as its loop runs, plus
@@ -14,7 +15,7 @@ are in it. Not in it: the operations listed as not costed, stalls, latency, the 
 pipeline, checkpoints, probes. Good for ranking designs that differ by more than 5 %; it is no throughput."""
 
 
-def describe(compiled: jax.stages.Compiled, chip: chips.Chip, shape: tuple[int, ...]) -> dict[str, Any]:
+def describe(compiled: "jax.stages.Compiled", chip: chips.Chip, shape: tuple[int, ...]) -> dict[str, Any]:
     """Returns what one compiled program costs on one chip of a slice of this shape; all seconds are predicted."""
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and text is not None  # the TPU compiler gives both

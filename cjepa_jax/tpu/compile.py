@@ -81,6 +81,13 @@ def _compile(lowered: jax.stages.Lowered, label: str) -> tuple[jax.stages.Compil
     return compiled, time.perf_counter() - start
 
 
+def _cost(compiled: jax.stages.Compiled, chip: chips.Chip, shape: tuple[int, ...]) -> dict[str, Any]:
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and text is not None  # the TPU compiler gives both
+    held = {"peak_hbm_bytes": memory.peak_memory_in_bytes, "argument_bytes": memory.argument_size_in_bytes}
+    return held | cost.describe(text, chip, shape)
+
+
 def does_not_fit(message: str) -> str:
     """Turns the compiler's message about too little memory into one line: how much is missing, and what would help."""
     number = r"([\d.]+)([KMGT])"
@@ -142,7 +149,7 @@ def compile_step(config: Config, topology: str, *, images: int, classes: int) ->
         "compile_seconds": seconds,
     }
     report |= {"forward_flops_per_image": {name: flops.forward(stack) for name, stack in stacks.items()}}
-    report |= cost.describe(compiled, chip, shape)
+    report |= _cost(compiled, chip, shape)
     cost.add_step(report, useful=flops.step(stacks.values()), batch=config.data.batch_size, chip=chip)
     return report
 
@@ -159,7 +166,7 @@ def compile_layers(config: Config, topology: str, *, classes: int) -> dict[str, 
         useful = sequences * flops.block(stack.tokens, stack.width, stack.mlp_ratio) / mesh.size
         useful *= flops.BACKWARD if stack.trained else 1
         report[name] = stack._asdict() | {"sequences": sequences, "useful_flops": useful, "compile_seconds": seconds}
-        report[name] |= cost.describe(compiled, chip, shape)
+        report[name] |= _cost(compiled, chip, shape)
         seconds = report[name]["compute_seconds"] + report[name]["kernel_seconds"]
         report[name]["predicted_mfu"] = useful / seconds / chip.flops
     return report

@@ -1,11 +1,8 @@
 """Predicts seconds, MFU and hours from what a compiled program says about itself; nothing here is a measurement."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cjepa_jax.tpu import chips, hlo, kernels
-
-if TYPE_CHECKING:  # who formats a report should not wait for JAX
-    import jax
 
 METHOD = """\
 Predicted, not measured: the TPU compiler's cycle estimates for its own schedule, each as often as its loop runs, plus
@@ -15,11 +12,9 @@ are in it. Not in it: the operations listed as not costed, stalls, latency, the 
 pipeline, checkpoints, probes. Good for ranking designs that differ by more than 5 %; it is no throughput."""
 
 
-def describe(compiled: "jax.stages.Compiled", chip: chips.Chip, shape: tuple[int, ...]) -> dict[str, Any]:
-    """Returns what one compiled program costs on one chip of a slice of this shape; all seconds are predicted."""
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    assert memory is not None and text is not None  # the TPU compiler gives both
-    program = hlo.analyse(text)
+def describe(compiled: str, chip: chips.Chip, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Returns what one program, as compiled text, costs on one chip of a slice of this shape; seconds are predicted."""
+    program = hlo.analyse(compiled)
     bandwidth = chips.ici_bandwidth(chip, shape)
     found = _kernels(program, chip)
     not_costed = {name: value._asdict() for name, value in program.uncosted.items()}
@@ -32,8 +27,6 @@ def describe(compiled: "jax.stages.Compiled", chip: chips.Chip, shape: tuple[int
         for c in sorted(program.collectives, key=lambda c: -c.sent_bytes)
     ]
     return {
-        "peak_hbm_bytes": memory.peak_memory_in_bytes,
-        "argument_bytes": memory.argument_size_in_bytes,
         "matmul_flops": program.matmul_flops,
         "cycles": program.cycles,
         "costed_operations": len(program.costs),

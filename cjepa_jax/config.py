@@ -148,19 +148,22 @@ class Mesh:
     """How the devices share the parameters; the batch is split over all of them in any case."""
 
     fsdp: int = setting(
-        1,
-        "Devices that hold one copy of the parameters between them; further copies are replicas.",
-        within="[1, 65536]",
+        0,
+        "Devices that hold one copy of the parameters between them; further copies are replicas. 0: 16, where the "
+        "number of devices is a multiple of that, and else 1.",
+        within="[0, 65536]",
     )
     parameters: Literal["replicated", "zero1", "fsdp"] = setting(
-        "replicated", "Whether parameters are whole everywhere, gathered once a step, or gathered a layer at a time."
+        "zero1",
+        "Whether parameters are whole everywhere, gathered once a step, or gathered a layer at a time. With mesh.fsdp "
+        "= 1 they are whole in any case.",
     )
 
     def __post_init__(self):
         require(
-            (self.parameters == "replicated") == (self.fsdp == 1),
-            f"mesh.fsdp = {self.fsdp} does not go with mesh.parameters = {self.parameters!r}: replicated is 1, the "
-            "others more",
+            self.parameters != "replicated" or self.fsdp <= 1,
+            f"mesh.fsdp = {self.fsdp} does not go with mesh.parameters = 'replicated', which cuts nothing; 'zero1' and "
+            "'fsdp' do",
         )
 
 

@@ -2,7 +2,7 @@
 
     python -m cjepa_jax.main --config=configs/vitg16.py
 
-Hardware: 256 chips of a TPU v5e or more, compiled for but not yet run; mesh.fsdp=16 wants a multiple of 16 devices.
+Hardware: 256 chips of a TPU v5e or more, compiled for but not yet run.
 The paper reports nothing for g/16 (I-JEPA trained its own on ImageNet-22k).
 """
 

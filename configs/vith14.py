@@ -2,7 +2,7 @@
 
     python -m cjepa_jax.main --config=configs/vith14.py
 
-Hardware: 64 chips of a TPU v5e or more, compiled for but not yet run; mesh.fsdp=16 wants a multiple of 16 devices.
+Hardware: 64 chips of a TPU v5e or more, compiled for but not yet run.
 The paper reports nothing for H/14.
 """
 
@@ -17,5 +17,4 @@ def get_config() -> ConfigDict:
     config.predictor = dict(depth=12)
     config.mask = dict(context_tokens=72)  # about what the released code's cut to the batch's minimum leaves
     config.optim = dict(epochs=300.0, warmup_epochs=40.0, learning_rate_start=2e-4)
-    config.mesh = dict(fsdp=16, parameters="zero1")
     return config

@@ -13,6 +13,7 @@ from etils import epath
 from jax.sharding import PartitionSpec
 
 from cjepa_jax.batch import Batch
+from cjepa_jax.config import Mesh
 from cjepa_jax.errors import UserError
 from cjepa_jax.methods.cjepa import CJEPA, MaskedImages
 from cjepa_jax.models.masking import sample_masks
@@ -225,8 +226,10 @@ def test_a_checkpoint_restores_onto_another_mesh_bit_for_bit(make_config, tmp_pa
             {"mesh__fsdp": 8, "mesh__parameters": "zero1", "model__size": "40x2x2", "predictor__width": 40},
             r"mesh\.fsdp = 8: only 0% of the parameters can be cut",
         ),
-        ({"mesh__fsdp": 2}, r"mesh\.fsdp = 2 does not go with mesh\.parameters = 'replicated'"),
-        ({"mesh__parameters": "fsdp"}, r"mesh\.fsdp = 1 does not go with mesh\.parameters = 'fsdp'"),
+        (
+            {"mesh__fsdp": 2, "mesh__parameters": "replicated"},
+            r"mesh\.fsdp = 2 does not go with mesh\.parameters = 'replicated'",
+        ),
         ({"mesh__fsdp": 8, "mesh__parameters": "fsdp"}, r"wants model\.remat = 'dots' or 'full'"),
         ({"data__batch_size": 12}, r"data\.batch_size = 12 is not divisible by the 8 devices"),
     ],
@@ -235,3 +238,49 @@ def test_a_mesh_that_does_not_fit_is_named(make_config, settings, says):
     with pytest.raises(UserError, match=says):
         config = make_config(**(WIDE | settings))
         build(CJEPA(config), 10, sharding.make_mesh(config.mesh))
+
+
+@pytest.mark.parametrize(
+    "devices, settings, shape",
+    [
+        (1, {}, (1, 1)),
+        (8, {}, (8, 1)),
+        (24, {}, (24, 1)),
+        (16, {}, (1, 16)),
+        (64, {}, (4, 16)),
+        (64, {"parameters": "fsdp"}, (4, 16)),
+        (64, {"parameters": "replicated"}, (64, 1)),
+        (64, {"fsdp": 1}, (64, 1)),
+        (64, {"fsdp": 4}, (16, 4)),
+    ],
+)
+def test_parameters_are_cut_over_sixteen_devices_where_there_are_so_many(monkeypatch, devices, settings, shape):
+    monkeypatch.setattr(
+        sharding.mesh_utils, "create_device_mesh", lambda shape, devices, **_: np.full(shape, devices[0])
+    )
+    monkeypatch.setattr(sharding, "Mesh", lambda grid, *_, **__: grid)
+    assert sharding.make_mesh(Mesh(**settings), jax.devices()[:1] * devices).shape == shape
+
+
+def test_a_network_too_small_for_sixteen_shards_stays_whole(make_config, monkeypatch):
+    """Only where mesh.fsdp is left open, here to the 8 devices that there are."""
+    monkeypatch.setattr(sharding, "_SHARDS", 8)
+    config = make_config(model__size="40x2x2", predictor__width=40)
+    mesh = sharding.make_mesh(config.mesh)
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 8}
+    metrics, state = three_steps(build(CJEPA(config), 10, mesh))
+    assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(state))
+    assert np.isfinite(metrics[-1]["loss/total"])
+
+
+def test_the_default_cuts_where_it_can_and_one_device_has_no_constraints(make_config, monkeypatch):
+    monkeypatch.setattr(sharding, "_SHARDS", 8)
+    config = make_config(**WIDE)
+    cut = build(CJEPA(config), 10, sharding.make_mesh(config.mesh))
+    asked = program(make_config, ("zero1", 8, "unrolled", "none"))
+    lowered = [built.step.lower(built.state, batch(), jax.random.key(2)).as_text() for built in (cut, asked)]
+    assert lowered[0] == lowered[1]
+    one = build(CJEPA(config), 10, sharding.make_mesh(config.mesh, jax.devices()[:1]))
+    before = program(make_config, devices=1)  # what was the default: whole everywhere
+    lowered = [built.step.lower(built.state, batch(), jax.random.key(2)).as_text() for built in (one, before)]
+    assert lowered[0] == lowered[1]

@@ -19,6 +19,7 @@ from cjepa_jax.errors import require
 
 Place = Callable[[PyTree], PyTree]  # puts a tree of arrays where they are wanted; the values stay
 _DATA, _FSDP = "data", "fsdp"
+_SHARDS = 16  # where mesh.fsdp leaves it open: most parameters of every size can be cut into so many that tile
 _TILE = (8, 128)  # of a float32 array in a TPU's memory; a shard of other sizes would be padded to it
 
 
@@ -28,11 +29,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     Raises UserError where they do not make such a grid.
     """
     devices = jax.devices() if devices is None else devices
-    require(
-        len(devices) % config.fsdp == 0,
-        f"mesh.fsdp = {config.fsdp} does not divide the {len(devices)} devices",
-    )
-    shape = len(devices) // config.fsdp, config.fsdp
+    cuts = config.parameters != "replicated" and len(devices) % _SHARDS == 0
+    shards = config.fsdp or (_SHARDS if cuts else 1)
+    require(len(devices) % shards == 0, f"mesh.fsdp = {shards} does not divide the {len(devices)} devices")
+    shape = len(devices) // shards, shards
     # 4 x 16 on a torus of 8 x 8: an axis of the mesh may take a part of a physical one.
     grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(grid, (_DATA, _FSDP), axis_types=(AxisType.Auto,) * 2)
@@ -82,10 +82,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def parameters(shapes: PyTree, mesh: Mesh) -> PyTree:
+def parameters(shapes: PyTree, config: MeshConfig, mesh: Mesh) -> PyTree:
     """Gives a sharding for each shape of a tree: cut over `fsdp` where the shards tile, else whole.
 
-    Raises UserError where most of the numbers would stay whole although they are to be cut.
+    Raises UserError where most of the numbers would stay whole although `mesh.fsdp` asks for so many shards.
     """
     shards = mesh.shape[_FSDP]
     specs = jax.tree.map(lambda x: _spec(x.shape, shards), shapes)
@@ -93,7 +93,7 @@ def parameters(shapes: PyTree, mesh: Mesh) -> PyTree:
     cut = sum(x.size for x, spec in leaves if spec != PartitionSpec())
     share = cut / sum(x.size for x, _ in leaves)
     require(
-        shards == 1 or share > 0.5,
+        config.fsdp <= 1 or share > 0.5,
         f"mesh.fsdp = {shards}: only {share:.0%} of the parameters can be cut into so many shards that tile "
         f"(rows by {_TILE[0]}, columns by {_TILE[1]}); a smaller number can do better",
     )
@@ -105,7 +105,7 @@ def places(config: MeshConfig, mesh: Mesh, params: PyTree) -> tuple[Place, Place
 
     params: the shardings of the parameters. Blocks are left alone by the first where they gather for themselves.
     """
-    if config.parameters == "replicated":
+    if mesh.shape[_FSDP] == 1:
         return _stay, None, _stay
     whole = functools.partial(jax.lax.with_sharding_constraint, shardings=replicated(mesh))
     scatter = functools.partial(jax.lax.with_sharding_constraint, shardings=params)

@@ -111,7 +111,7 @@ def build(method: Method, steps: int, mesh: jax.sharding.Mesh) -> Program:
     whole, split = sharding.replicated(mesh), sharding.batch(mesh)
     init = functools.partial(init_state, method=method, steps=steps)
     shapes = jax.eval_shape(init, jax.random.key(0))
-    placed = sharding.parameters(shapes, mesh)
+    placed = sharding.parameters(shapes, method.config.mesh, mesh)
     gather, gather_block, scatter = sharding.places(method.config.mesh, mesh, placed.params)
     attend = attention.choose(
         method.config.model.attention,

@@ -149,11 +149,14 @@ from cjepa_jax import compile as command
 os.environ.update(command.ENVIRONMENT)
 from cjepa_jax.methods import CJEPA
 from cjepa_jax.settings import parse
-from cjepa_jax.tpu import compile
+from cjepa_jax.tpu import chips, compile
 from configs import vith14
 config = parse(vith14.get_config().to_dict(), CJEPA.settings)
-for slice, chips in {"v5e:8x8": 64, "v6e:8x8": 64, "v4:4x8x8": 256, "v5p:4x4x4": 64}.items():
-    assert dict(compile.make_mesh(config.mesh, slice).shape) == {"data": chips // 16, "fsdp": 16}, slice
+for slice, count in {"v5e:8x8": 64, "v6e:8x8": 64, "v4:4x8x8": 256, "v5p:4x4x4": 64}.items():
+    mesh = compile.make_mesh(config.mesh, slice)
+    assert dict(mesh.shape) == {"data": count // 16, "fsdp": 16}, slice
+    chip, _ = chips.find_slice(slice)
+    assert chips.peak_flops(mesh.devices.flat[0].device_kind) == chip.flops, slice  # by the name that JAX gives it
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -54,7 +54,7 @@ def bucket(monkeypatch):
 @pytest.mark.usefixtures("bucket")
 def test_metrics_and_config_on_an_object_store():
     for start in (0, 2):  # the second run drops line 3, which will come again
-        log = writer.Writer(RUN, start=start, steps=4, batch_size=2)
+        log = writer.Writer(RUN, start=start, steps=4, batch_size=2, images=8)
         for step in (start + 1, start + 2, start + 3)[: 3 - start // 2]:
             log.tick(step, 0.0)
             log.write(step, {"loss/total": step + start})

@@ -338,7 +338,7 @@ def test_metrics_and_tensorboard_on_a_full_disk_fail_without_waiting(disk):
     for free in (0, 30_000):  # with the second, TensorBoard's events are what does not fit
         workdir = disk / f"run{free}"
         workdir.mkdir()
-        log = Writer(workdir, start=0, steps=10_000, batch_size=1)
+        log = Writer(workdir, start=0, steps=10_000, batch_size=1, images=1)
         fill(disk, free=free)
         step = 0
         while not log.failure and step < 10_000:

@@ -15,6 +15,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from cjepa_jax.train.writer import TIMED
+
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = int(os.environ.get("SOAK_STEPS", "40000"))
 KILLS = int(os.environ.get("SOAK_KILLS", "26"))
@@ -116,8 +118,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(tmp_path)
     metrics = []
     for workdir in (whole, killed):
         found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-        timed = {"images_per_second", "data/wait_fraction"}
-        metrics.append([{k: v for k, v in line.items() if k not in timed} for line in found])
+        metrics.append([{k: v for k, v in line.items() if k not in TIMED} for line in found])
     assert metrics[0] == metrics[1] and len(metrics[0]) == steps
     print(
         f"\n{kills} kills, {steps} steps, {twice} of them taken twice, {len(jax.tree.leaves(arrays[0]))} arrays equal"

@@ -22,6 +22,7 @@ from cjepa_jax.models.vit import build_encoder, normalise
 from cjepa_jax.settings import parse
 from cjepa_jax.train import nonfinite, optimizer, sharding, step
 from cjepa_jax.train.loop import train
+from cjepa_jax.train.writer import TIMED
 from configs import finetune_digits, finetune_vitb16
 from tests import commands
 
@@ -267,7 +268,7 @@ def test_six_steps_equal_three_and_three_bit_for_bit(finished, network, tmp_path
     shutil.rmtree(again / "checkpoints" / "6")
     resumed = finetune(settings(**RUN, eval__every=4), network, epath.Path(again))
     same(jax.device_get(straight), jax.device_get(resumed))
-    timed = {"images_per_second", "data/wait_fraction", "eval/seconds"}
+    timed = TIMED | {"eval/seconds"}
     for a, b in zip(lines(workdir), lines(again), strict=True):
         assert {k: v for k, v in a.items() if k not in timed} == {k: v for k, v in b.items() if k not in timed}
     assert len({line["loss/total"] for line in lines(again) if "loss/total" in line}) == 6

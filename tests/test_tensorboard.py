@@ -17,7 +17,7 @@ def test_no_step_comes_twice_after_26_kills(tmp_path, monkeypatch, cut):
     monkeypatch.setattr("tensorboardX.event_file_writer.time", types.SimpleNamespace(time=lambda: next(clock)))
     steps, start, expected = 270, 0, {}
     for run in range(27):
-        log = writer.Writer(epath.Path(tmp_path), start=start, steps=steps, batch_size=4)
+        log = writer.Writer(epath.Path(tmp_path), start=start, steps=steps, batch_size=4, images=8)
         last = min(start + 10 + run * 7 % 20, steps) if run < 26 else steps
         for step in range(start + 1, last + 1):
             log.tick(step, 0.0)

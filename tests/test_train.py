@@ -22,6 +22,7 @@ from cjepa_jax import settings
 from cjepa_jax.errors import UserError
 from cjepa_jax.settings import flatten
 from cjepa_jax.train import checkpoint, loop, nonfinite
+from cjepa_jax.train.writer import TIMED
 from tests import commands
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -89,8 +90,7 @@ def test_ten_steps_equal_five_and_a_new_process_and_five(finished, tmp_path):
     said = run("--config=configs/digits.py", f"--workdir={again}", *SMALL, *TEN_STEPS)
     assert "going on from step 5" in said
     for a, b in zip(lines(finished), lines(again), strict=True):
-        timed = {"images_per_second", "data/wait_fraction"}
-        assert {k: v for k, v in a.items() if k not in timed} == {k: v for k, v in b.items() if k not in timed}
+        assert {k: v for k, v in a.items() if k not in TIMED} == {k: v for k, v in b.items() if k not in TIMED}
     straight, resumed = saved_state(finished, 10), saved_state(again, 10)
     jax.tree.map(np.testing.assert_array_equal, straight, resumed)
     five = saved_state(finished, 5)

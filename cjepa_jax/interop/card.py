@@ -127,8 +127,9 @@ feature of an image is their mean. Normalisation: mean {_numbers(networks.mean)}
     else:
         text += "The checkpoint does not say how it was trained.\n"
     if run.metrics:
+        left_out = ("step", "time", "seconds_left")  # say nothing about a checkpoint
         text += f"\nMetrics at step {run.metrics['step']}:\n\n| | |\n|---|---|\n"
-        text += "".join(f"| `{key}` | {value:.4g} |\n" for key, value in run.metrics.items() if key != "step")
+        text += "".join(f"| `{key}` | {value:.4g} |\n" for key, value in run.metrics.items() if key not in left_out)
     text += "\n## Evaluation\n\n"
     if run.evaluation:
         text += f"As the run measured it, on its own test split (`{run.config.get('data.test_split')}`):\n"

@@ -1,4 +1,4 @@
-"""Lists TPU chips, what they can do, and the slices of them that exist."""
+"""Lists TPU chips, what they can do, and the slices of them that exist; and the peaks of GPUs."""
 
 import dataclasses
 
@@ -39,6 +39,27 @@ CHIPS = {
     "v6e": Chip("v6e", 918e12, 32 * GIB, 1.75e9, 100e9, _SLICES_2D),
 }
 CLOCK_NOT_CALIBRATED = ("v6e",)
+
+# What JAX calls a kind of device -> FLOP/s of dense products in bfloat16. Source for GPUs: NVIDIA's data sheets.
+_PEAKS = {
+    "TPU v4": CHIPS["v4"].flops,
+    "TPU v5 lite": CHIPS["v5e"].flops,
+    "TPU v5": CHIPS["v5p"].flops,
+    "TPU v6 lite": CHIPS["v6e"].flops,
+    "NVIDIA H100 80GB HBM3": 989e12,  # SXM
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA L4": 121e12,
+    "Tesla T4": 65e12,  # in float16; it has no bfloat16
+    "NVIDIA GeForce RTX 4090": 165e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Returns the FLOP/s of a device at its peak, in bfloat16; None for a kind that is not known, such as a CPU."""
+    return _PEAKS.get(device_kind)
 
 
 def find_slice(topology: str) -> tuple[Chip, tuple[int, ...]]:

@@ -13,7 +13,8 @@ from cjepa_jax.config import Config
 from cjepa_jax.data import pipeline, waiting
 from cjepa_jax.errors import UserError
 from cjepa_jax.evaluate import report
-from cjepa_jax.methods.base import Metrics
+from cjepa_jax.methods.base import Method, Metrics
+from cjepa_jax.tpu import chips, flops
 from cjepa_jax.train import checkpoint, distributed, lock, sharding, writer
 from cjepa_jax.train.alarm import Alarm
 from cjepa_jax.train.diagnostics import diagnose
@@ -65,7 +66,14 @@ def _train(run: Training, workdir: epath.Path, held: lock.Lock, profile: tuple[i
     for line in before:
         trouble.observe(line)
     alarm = Alarm(config.log, steps, before)
-    log = writer.Writer(workdir, start=start, steps=steps, batch_size=config.data.batch_size)
+    log = writer.Writer(
+        workdir,
+        start=start,
+        steps=steps,
+        batch_size=config.data.batch_size,
+        images=len(reader.source),
+        peak=_peak(run.method),
+    )
     checkpoint.write_config(workdir, run.meta["config"])  # after metrics.jsonl, by which its steps are judged
     if jax.process_index() == 0:
         print(_headline(run, state, start), file=sys.stderr, flush=True)
@@ -214,6 +222,12 @@ def _flush(
             log.note(warning)
         recorder.check(step, values)
         trouble.observe(metrics)
+
+
+def _peak(method: Method) -> float | None:
+    """Gives the images per second of all devices at their peak, where that and the method's products are known."""
+    peak, needed = chips.peak_flops(jax.devices()[0].device_kind), flops.step(method.transformers().values())
+    return peak * jax.device_count() / needed if peak and needed else None
 
 
 def _headline(run: Training, state: TrainState, start: int) -> str:

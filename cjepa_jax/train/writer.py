@@ -1,5 +1,6 @@
 """Metrics to the progress bar, `metrics.jsonl` and TensorBoard, from process 0 only."""
 
+import datetime
 import json
 import os
 import sys
@@ -14,17 +15,22 @@ from tqdm import tqdm
 from cjepa_jax.errors import StorageError
 from cjepa_jax.files import is_file, is_remote, storing, write_whole
 
-_BAR = {  # metric -> its name on the bar
-    "loss/total": "loss",
-    "loss/prediction": "pred",
-    "loss/variance": "var",
-    "loss/invariance": "inv",
-    "loss/covariance": "cov",
-    "rep/std": "std",
-    "rep/rank": "rank",
-    "images_per_second": "img/s",
-    "data/wait_fraction": "wait",
+_SHOWN = {  # metric -> its name and form on the screen, where the first come first
+    "loss/total": ("loss", ".4g"),
+    "images_per_second": ("img/s", ".4g"),
+    "mfu": ("mfu", ".0%"),
+    "rep/rank": ("rank", ".4g"),
+    "loss/prediction": ("pred", ".4g"),
+    "loss/variance": ("var", ".4g"),
+    "loss/invariance": ("inv", ".4g"),
+    "loss/covariance": ("cov", ".4g"),
+    "rep/std": ("std", ".4g"),
+    "lr": ("lr", ".3g"),
+    "data/wait_fraction": ("wait", ".2g"),
+    "memory_gib": ("GiB", ".3g"),
 }
+# What in a line depends on the clock and the machine, and so differs between two runs that are equal.
+TIMED = frozenset({"time", "images_per_second", "mfu", "seconds_left", "memory_gib", "data/wait_fraction"})
 _PROBES = ("eval/knn", "eval/logistic", "eval/top1", "eval/ema_top1")
 
 
@@ -73,14 +79,21 @@ register_writer_factory(_EventFiles.PREFIX.rstrip(":"), _EVENT_FILES)
 
 
 class Writer:
-    """Writes one line a call; also measures images per second, and the share of time spent waiting for them."""
+    """Writes one line a call; also measures how fast the run is, how long it will take, and the devices' memory."""
 
     _failure: StorageError | None = None  # in writing metrics.jsonl
     _events: _EventFile | None = None
 
-    def __init__(self, workdir: epath.Path, *, start: int, steps: int, batch_size: int):
-        """Lines of steps after `start`, left by a run that was cut off, will come again and are dropped."""
-        self._batch_size = batch_size
+    def __init__(
+        self, workdir: epath.Path, *, start: int, steps: int, batch_size: int, images: int, peak: float | None = None
+    ):
+        """Lines of steps after `start`, left by a run that was cut off, will come again and are dropped.
+
+        images: those of an epoch. peak: images per second if the devices did nothing but the method's products, at
+        their full rate; None where that is not known.
+        """
+        self._batch_size, self._steps, self._peak = batch_size, steps, peak
+        self._epochs_per_step = batch_size / images
         self._clock: float | None = None
         self._step = start
         self._waited = self._waited_before = 0.0
@@ -102,7 +115,13 @@ class Writer:
                 flush_secs=120 if is_remote(workdir) else 10,  # there the whole file is written anew
             )
         self._events = None if is_remote(folder) else _EVENT_FILES.newest
-        self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
+        self._bar = tqdm(
+            total=steps,
+            initial=start,
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+            bar_format="{n_fmt}/{total_fmt} |{bar}| [{elapsed}<{remaining}{postfix}]",
+        )
 
     def has_evaluation(self, step: int) -> bool:
         """Tells whether there is a line with the evaluation of this step; process 0 knows."""
@@ -120,23 +139,30 @@ class Writer:
             self._bar.update(step - self._bar.n)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Writes a line; training's get `data/wait_fraction` and `images_per_second`, both since the last line.
+        """Writes a line, of training or of evaluation; a step may have one of each, with no metric in common.
 
-        A step may have a line of training and one of evaluation, which have no metric in common.
+        All lines get `time` (seconds since 1970) and `epoch` (passes over the images so far), in metrics.jsonl only.
+        Training's also get, about the time since the last line, `data/wait_fraction`, `images_per_second`, `mfu` where
+        the peak is known, and `seconds_left` at this speed; and `memory_gib`, the most that a device of this process
+        has had in use so far, where the devices tell.
         """
         now = time.perf_counter()
         if _is_evaluation(metrics):
             self._evaluated.add(step)
         else:
             waited = (self._waited - self._waited_before) / (now - self._line)
-            metrics = {**metrics, "data/wait_fraction": waited}
+            metrics = {**metrics, "data/wait_fraction": waited, **_memory()}
         self._waited_before, self._line = self._waited, now
         if self._clock is not None and step > self._step:
-            metrics = {**metrics, "images_per_second": self._batch_size * (step - self._step) / (now - self._clock)}
+            per_second = (step - self._step) / (now - self._clock)
+            speed = self._batch_size * per_second
+            metrics = {**metrics, "images_per_second": speed, "seconds_left": (self._steps - step) / per_second}
+            metrics |= {"mfu": speed / self._peak} if self._peak else {}
             self._clock, self._step = now, step
         if not self._active:
             return
-        line = json.dumps({"step": step, **metrics}) + "\n"
+        epoch = step * self._epochs_per_step
+        line = json.dumps({"step": step, "time": time.time(), "epoch": epoch, **metrics}) + "\n"
         if is_remote(self._path):  # no appending there
             self._text += line
             self._path.write_text(self._text)
@@ -148,14 +174,26 @@ class Writer:
                 self._failure = error
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
-        text = "  ".join(f"{short} {metrics[name]:.4g}" for name, short in _BAR.items() if name in metrics)
+        self._show(step, epoch, metrics)
+
+    def _show(self, step: int, epoch: float, metrics: dict[str, float]) -> None:
+        """Shows a line: on a terminal as much of it as fits beside the bar, elsewhere all of it."""
+        shown = [f"{name} {metrics[key]:{form}}" for key, (name, form) in _SHOWN.items() if key in metrics]
         probes = "  ".join(f"{name} {value:.1%}" for name, value in metrics.items() if name in _PROBES)
         if self._bar.disable:
-            print(f"step {step}/{self._bar.total}  {text}  {probes}".rstrip(), file=sys.stderr, flush=True)
-        else:
-            self._bar.set_postfix_str(text, refresh=False)
-            if probes:
-                self._bar.write(f"step {step}: {probes}", file=sys.stderr)
+            date = f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}"
+            place = f"step {step}/{self._steps}", f"epoch {epoch:.4g}/{self._steps * self._epochs_per_step:.4g}"
+            left = [f"{_duration(metrics['seconds_left'])} left"] if "seconds_left" in metrics else []
+            print("  ".join([date, *place, *shown, *left, *filter(None, [probes])]), file=sys.stderr, flush=True)
+            return
+        columns = self._bar.format_dict["ncols"]
+        # Ten of the bar, and what stands around it when step and times have their full length.
+        room = columns - len(f"{self._steps}/{self._steps} |{'':10}| [100:00:00<99:00:00, ]") if columns else 1000
+        while shown and len("  ".join(shown)) > room:
+            shown.pop()
+        self._bar.set_postfix_str("  ".join(shown), refresh=False)
+        if probes:
+            self._bar.write(f"step {step}: {probes}", file=sys.stderr)
 
     def note(self, text: str) -> None:
         """One line for the reader of the screen, above the bar."""
@@ -177,6 +215,17 @@ class Writer:
             self._board.close()
             if self.failure:
                 raise self.failure
+
+
+def _memory() -> dict[str, float]:
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [found["peak_bytes_in_use"] for found in stats if "peak_bytes_in_use" in found]
+    return {"memory_gib": max(peaks) / 2**30} if peaks else {}
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"
 
 
 def _is_evaluation(metrics: dict[str, float]) -> bool:

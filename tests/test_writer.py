@@ -1,0 +1,99 @@
+"""What a line of metrics says about speed, memory and time, and that it fits the screen."""
+
+import fcntl
+import json
+import os
+import pty
+import re
+import struct
+import termios
+import types
+
+import jax
+import pytest
+from etils import epath
+
+from cjepa_jax.methods.cjepa import CJEPA
+from cjepa_jax.tpu import chips, flops
+from cjepa_jax.train import loop, writer
+
+METRICS = {"loss/total": 0.123456, "loss/prediction": 0.1, "loss/variance": 0.01, "loss/invariance": 0.02}
+METRICS |= {"loss/covariance": 0.03, "rep/std": 0.9, "rep/rank": 123.4, "lr": 5e-4}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The seconds that the writer sees; a test moves them."""
+    clock = types.SimpleNamespace(now=1_800_000_000.0)
+    seconds = types.SimpleNamespace(perf_counter=lambda: clock.now, time=lambda: clock.now)
+    monkeypatch.setattr(writer, "time", seconds)
+    return clock
+
+
+def two_lines(workdir, clock, *, steps=1000, **options) -> list[dict[str, float]]:
+    """A run of 4 images a step, of which an epoch has 80: a line after step 1 and one after step 11, 5 s later."""
+    log = writer.Writer(epath.Path(workdir), start=0, steps=steps, batch_size=4, images=80, **options)
+    for step in (1, 11):
+        clock.now += 5.0
+        log.tick(step, 0.0)
+        log.write(step, METRICS)
+    log.close()
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_speed_memory_and_time(tmp_path, clock, capsys, monkeypatch):
+    stats = [{"peak_bytes_in_use": 2**30}, {"peak_bytes_in_use": 3 * 2**30}]
+    devices = [types.SimpleNamespace(memory_stats=lambda found=found: found) for found in stats]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    first, second = two_lines(tmp_path, clock, peak=20.0)
+    assert (first["time"], first["epoch"]) == (1.8e9 + 5, 0.05) and "images_per_second" not in first
+    assert (second["time"], second["epoch"]) == (1.8e9 + 10, 0.55)
+    assert second["images_per_second"] == pytest.approx(8) and second["mfu"] == pytest.approx(0.4)
+    assert second["seconds_left"] == pytest.approx(494.5) and second["memory_gib"] == 3
+    said = capsys.readouterr().err.splitlines()
+    assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  step 1/1000  epoch 0.05/50  loss 0.1235  rank", said[0])
+    assert "step 11/1000  epoch 0.55/50  loss 0.1235  img/s 8  mfu 40%" in said[1]
+    assert said[1].endswith("lr 0.0005  wait 0  GiB 3  8 min left")
+
+
+def test_what_is_not_known_is_not_said(tmp_path, clock, capsys):
+    """A CPU says nothing of its memory, and its peak is not known."""
+    _, second = two_lines(tmp_path, clock)
+    assert not {"mfu", "memory_gib"} & second.keys()
+    assert "mfu" not in (said := capsys.readouterr().err) and "GiB" not in said
+
+
+@pytest.mark.parametrize("columns", [80, 100, 200])
+def test_a_terminal_shows_as_much_as_fits_beside_the_bar(tmp_path, clock, columns, monkeypatch):
+    screen, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 25, columns, 0, 0))
+    with open(terminal, "w") as stderr:
+        monkeypatch.setattr("sys.stderr", stderr)
+        two_lines(tmp_path, clock, steps=375_300, peak=20.0)
+        shown = b""
+        while not shown.endswith(b"\n"):  # of the end of the bar
+            shown += os.read(screen, 1 << 16)
+    line = shown.decode().rstrip().split("\r")[-1]
+    assert len(line) <= columns
+    assert len(re.search(r"\|(.*)\|", line)[1]) >= 8
+    assert "loss 0.1235  img/s 8" in line
+    assert ("lr 0.0005" in line) == (columns == 200)
+
+
+def test_lines_of_old_runs_are_read_and_gone_on_from(tmp_path, clock):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss/total": 1.0}\n')
+    old, *_ = two_lines(tmp_path, clock)
+    assert old == {"step": 0, "loss/total": 1.0}
+
+
+def test_the_peak_counts_what_the_method_needs(make_config, monkeypatch):
+    method = CJEPA(make_config())
+    assert loop._peak(method) is None
+    monkeypatch.setattr(chips, "peak_flops", lambda kind: 1e12)
+    needed = flops.step(method.transformers().values())
+    assert loop._peak(method) == pytest.approx(jax.device_count() * 1e12 / needed)
+
+
+def test_peaks_of_known_devices():
+    assert chips.peak_flops("NVIDIA L4") == 121e12 and chips.peak_flops("TPU v5 lite") == 197e12
+    assert chips.peak_flops("cpu") is None and chips.peak_flops("NVIDIA L40S") is None

@@ -21,6 +21,7 @@ from cjepa_jax.methods import METHODS
 from cjepa_jax.methods.siamese import Siamese
 from cjepa_jax.tpu import flops
 from cjepa_jax.train.loop import train
+from cjepa_jax.train.writer import TIMED
 from tests.siamese import WIDTH, small_config, small_method
 from tests.test_microbatch import assert_same, exchanges, flops_of_products, gradient
 
@@ -96,7 +97,7 @@ def test_a_run_resumes_bit_for_bit(finished, tmp_path):
     (again / "checkpoints" / "6").rmtree()
     resumed = jax.device_get(train(config, again))
     jax.tree.map(np.testing.assert_array_equal, state, resumed)
-    timed = {"images_per_second", "data/wait_fraction", "eval/seconds"}
+    timed = TIMED | {"eval/seconds"}
     straight, after = (
         [{k: v for k, v in line.items() if k not in timed} for line in lines(folder)] for folder in (workdir, again)
     )

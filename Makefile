@@ -29,6 +29,6 @@ soak: .venv/installed-test
 	.venv/bin/pip install -q -r requirements.txt
 	touch $@
 
-.venv/installed-test: .venv/installed requirements-test.txt
-	.venv/bin/pip install -q -r requirements-test.txt
+.venv/installed-test: .venv/installed pyproject.toml
+	.venv/bin/pip install -q -e '.[test]'
 	touch $@

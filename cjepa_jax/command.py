@@ -18,7 +18,7 @@ from cjepa_jax import settings, signals
 from cjepa_jax.data import waiting
 from cjepa_jax.errors import StorageError, UserError, nearest, one_line, require
 
-_CONFIG = flags.DEFINE_string("config", None, "The experiment, e.g. configs/digits.py.")
+_CONFIG = flags.DEFINE_string("config", None, "The experiment: a file, or the name of a shipped config.")
 _OVERRIDE = re.compile(r"--?(no)?config\.([\w.]+)(=.*)?", re.DOTALL)
 # What is wrong with a path of the user's, wherever that is found out.
 _MENDABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
@@ -33,9 +33,7 @@ def read_config(find_class: Callable[[Mapping[str, Any]], type], *, default: str
     """
     file = _CONFIG.value or default
     require(file is not None, "--config is missing, e.g. --config=configs/digits.py")
-    path = pathlib.Path(str(file))
-    known = ", ".join(map(str, sorted(pathlib.Path("configs").glob("*.py"))))
-    require(_is_file(path), f"--config {str(path)[:300]!r} does not exist; known: {known}")
+    path = _find(str(file))
     values = _load(path)
     for override in _overrides:  # a method may be chosen on the command line
         if found := re.fullmatch("--?config.method=(.*)", override, re.DOTALL):
@@ -47,6 +45,24 @@ def read_config(find_class: Callable[[Mapping[str, Any]], type], *, default: str
         print(settings.describe(cls, settings.flatten(parsed)))
         sys.exit(0)
     return path.stem, parsed
+
+
+def load_config(file: str) -> dict[str, Any]:
+    """Reads the nested settings of a config file, or of a config of this package by its name. Raises UserError."""
+    return _load(_find(file))
+
+
+def _find(file: str) -> pathlib.Path:
+    """Finds a config file: a path, or the name of a config that comes with the package."""
+    path = pathlib.Path(file)
+    here = pathlib.Path(__file__).parent
+    # They lie beside the package in a checkout, and in it where it is installed.
+    shipped = next((folder for folder in (here / "configs", here.parent / "configs") if folder.is_dir()), here)
+    if not _is_file(path) and re.fullmatch("[a-z0-9_]+", file):
+        path = shipped / f"{file}.py"
+    known = ", ".join(sorted(found.stem for found in shipped.glob("*.py") if found.stem != "__init__"))
+    require(_is_file(path), f"--config {file[:300]!r} does not exist; known by name: {known}")
+    return path
 
 
 def _is_file(path: pathlib.Path) -> bool:

@@ -10,7 +10,7 @@ from typing import Literal
 from cjepa_jax.errors import require
 from cjepa_jax.settings import group, required, setting
 
-SourceKind = Literal["digits", "npz", "folder", "tfds", "clevr_count", "clevr_distance"]  # see data/sources.py
+SourceKind = Literal["digits", "npz", "folder", "tfds", "clevr_count", "clevr_distance", "own"]  # see data/sources.py
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,8 @@
 
     python -m cjepa_jax.main --config=configs/vitb16.py
 
---config=FILE             the experiment; its docstring says what it needs
+--config=FILE             the experiment, or the name of one that comes with the package,
+                          such as vitb16; its docstring says what it needs
 --workdir=DIR             where results go; default runs/<name of the config file>
 --init=DIR                starts from the networks of another checkpoint instead of
                           random ones: a workdir, WORKDIR/checkpoints/STEP, or what

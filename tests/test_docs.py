@@ -9,6 +9,7 @@ import pathlib
 import re
 import shlex
 import subprocess
+import tomllib
 
 import pytest
 
@@ -22,6 +23,7 @@ PAGES = {
     str(path.relative_to(ROOT)): path.read_text() for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 }
 BLOCK = re.compile(r"^```(\w*) ?(.*)\n((?s:.*?))^```$", re.MULTILINE)
+SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 NEEDS = {"checkpoint", "cloud", "data", "gpu", "libtpu", "network", "time", "tpu"}
 STAND_INS = {"CONFIG": "configs/vitb16.py", "SLICE": "v5e:8x8", "FORMAT": "timm", "N": "0"}
 OF_OTHERS = {"pip", "gcloud", "export"}  # programs whose arguments are not ours to check
@@ -92,6 +94,9 @@ def test_command(mark, words):
         assert mark.startswith("needs=")
     elif words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    elif words[0].startswith("cjepa-"):
+        module, _, _ = SCRIPTS[words[0]].partition(":")
+        check_own(module.removesuffix(".__main__"), words[1:], mark)
     elif words[0] == "launch/tpu_vm.sh":
         variables = {"PROJECT": "p", "ZONE": "z", "WORKDIR": "gs://bucket/run"}
         subprocess.run(["bash", *words, "--dry-run"], cwd=ROOT, env=os.environ | variables, check=True, timeout=20)

@@ -70,7 +70,7 @@ def test_shellcheck(script):
     text = POD["containers"][0]["args"][0] if script.endswith("yaml") else (LAUNCH / script).read_text()
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
     shellcheck = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
-    assert shellcheck, "pip install -r requirements-test.txt brings it"
+    assert shellcheck, 'pip install ".[test]" brings it'
     done = subprocess.run([shellcheck, "-s", "bash", "-"], input=text, text=True, capture_output=True)
     assert done.returncode == 0, done.stdout
 

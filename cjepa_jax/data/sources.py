@@ -293,6 +293,13 @@ def _how_to_prepare(builder: Any, data: Data, reason: str) -> str:
     )
 
 
+def _own(data: Data, split: str) -> Source:
+    raise UserError(
+        "data.source = 'own' are images that a program gave to cjepa_jax.train, and cannot be found again: name the "
+        "images by data.source and data.data_dir; in training, eval.every=0 needs none"
+    )
+
+
 _LOADERS: dict[str, Callable[[Data, str], Source]] = {
     "digits": _digits,
     "npz": _npz,
@@ -300,4 +307,5 @@ _LOADERS: dict[str, Callable[[Data, str], Source]] = {
     "tfds": _tfds,
     "clevr_count": _clevr,
     "clevr_distance": _clevr,
+    "own": _own,
 }

@@ -56,8 +56,7 @@ def _run() -> None:
     from cjepa_jax.files import check_writable
     from cjepa_jax.settings import flatten
 
-    default = str(epath.resource_path("cjepa_jax").parent / "configs" / "evaluate.py")
-    _, settings = command.read_config(lambda _: Evaluation, default=default)
+    _, settings = command.read_config(lambda _: Evaluation, default="evaluate")
     known = settings.evaluators
     require(bool(_CHECKPOINT.value), "--checkpoint is missing, e.g. --checkpoint=runs/digits")
     require(bool(_METHOD.value), f"--method is missing; known: {', '.join(known)}")

@@ -40,22 +40,39 @@ def encoder_for(model: Model, *, image_size: int, trained_size: int) -> Encoder:
     return build_encoder(model, grid=grid, trained_grid=trained_grid)
 
 
+def patch_features(
+    model: Model, *, image_size: int, trained_size: int, mean: Sequence[float], std: Sequence[float]
+) -> Callable[[Params, UInt8[Array, "B H W C"]], Float[Array, "B N D"]]:
+    """Returns a function that maps parameters and images to the features of their patches, in raster order, float32.
+
+    Sizes are pixels a side; mean and std are of each channel, as in training. Raises UserError as `encoder_for` does.
+    """
+    encoder = encoder_for(model, image_size=image_size, trained_size=trained_size)
+
+    def apply(params: Params, images: UInt8[Array, "B H W C"]) -> Float[Array, "B N D"]:
+        patches = patchify(normalise(images, mean=mean, std=std), model.patch_size)
+        return cast(jax.Array, encoder.apply({"params": params}, patches))
+
+    return apply
+
+
 def mean_features(model: Model, data: Data, *, trained_size: int, layers: int = 1) -> Apply:
     """Returns a function that averages the outputs of the last `layers` blocks over the patches: [B, layers, D].
 
     Each block's output goes through the encoder's final norm, as DINO's do, so that the last layer is the encoder's
     own output; whether I-JEPA norms the others is not known. Raises UserError where the encoder has fewer blocks.
     """
-    encoder = encoder_for(model, image_size=data.image_size, trained_size=trained_size)
+    sizes = {"image_size": data.image_size, "trained_size": trained_size}
+    encoder = encoder_for(model, **sizes)
+    last = patch_features(model, **sizes, mean=data.mean, std=data.std)
     depth = parse_size(model.size).depth
     require(layers <= depth, f"{layers} layers are asked for; the encoder has {depth}")
 
     def apply(params: Params, images: UInt8[Array, "B H W C"]) -> Float[Array, "B L D"]:
-        patches = patchify(normalise(images, mean=data.mean, std=data.std), model.patch_size)
-        variables = {"params": params}
         if layers == 1:
-            return cast(jax.Array, encoder.apply(variables, patches)).mean(axis=1)[:, None]
-        _, state = encoder.apply(variables, patches, mutable=["intermediates"])  # type: ignore[misc]
+            return last(params, images).mean(axis=1)[:, None]
+        patches = patchify(normalise(images, mean=data.mean, std=data.std), model.patch_size)
+        _, state = encoder.apply({"params": params}, patches, mutable=["intermediates"])  # type: ignore[misc]
         blocks = state["intermediates"]["blocks"][-layers:]
         return jnp.stack([layer_norm(x, params=params["norm"]).mean(axis=1) for x in blocks], axis=1)
 

@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 
 from cjepa_jax import plots, signals
 from cjepa_jax.config import Config
-from cjepa_jax.data import pipeline, waiting
+from cjepa_jax.data import pipeline, sources, waiting
 from cjepa_jax.errors import UserError
 from cjepa_jax.evaluate import report
 from cjepa_jax.methods.base import Method, Metrics
@@ -28,12 +28,17 @@ _ELSEWHERE = "another process could not go on and says why; all have stopped"
 
 
 def train(
-    config: Config, workdir: epath.Path, init: epath.Path | None = None, profile: tuple[int, int] | None = None
+    config: Config,
+    workdir: epath.Path,
+    init: epath.Path | None = None,
+    profile: tuple[int, int] | None = None,
+    source: sources.Source | None = None,
 ) -> TrainState:
     """Trains to the end, or from where the workdir stands, or until SIGTERM or Ctrl-C; returns the last state.
 
     `init` is a checkpoint whose networks a new run starts from, instead of random ones. `profile` names a first and a
-    last step, between which a trace for xprof or Perfetto is recorded in WORKDIR/profile.
+    last step, between which a trace for xprof or Perfetto is recorded in WORKDIR/profile. `source` holds the images to
+    train on, where they are not those that `config.data` names.
 
     Raises UserError for settings that do not fit the data, the devices or the workdir, before anything is compiled or
     written, where another run trains in the workdir, and where images or a checkpoint cannot be read; DivergedError
@@ -41,7 +46,7 @@ def train(
     read in time, after the state has been saved (by a single process); LockLostError when another run has
     taken the workdir over, which only happens to a run that was paused for long.
     """
-    run = set_up(config, workdir, init)
+    run = set_up(config, workdir, init, source)
     distributed.meet("workdir checked")  # before the first of them makes it
     with lock.Lock(workdir) as held:
         return _train(run, workdir, held, profile)

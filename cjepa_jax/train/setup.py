@@ -44,13 +44,16 @@ class Training:
         return state
 
 
-def set_up(config: Config, workdir: epath.Path, init: epath.Path | None) -> Training:
+def set_up(
+    config: Config, workdir: epath.Path, init: epath.Path | None, source: sources.Source | None = None
+) -> Training:
     """Checks settings, data, devices, workdir and the checkpoint `init` against one another.
 
+    source: the images to train on, where they are not those that `config.data` names.
     Raises UserError, before anything is compiled or written.
     """
     data, kind = config.data, METHODS[config.method]
-    source = sources.load(data, data.train_split)
+    source = source or sources.load(data, data.train_split)
     if kind.needs_labels:
         _check_labels(data, source, sources.load(data, data.test_split))
     names = kind.networks_of_init(config)

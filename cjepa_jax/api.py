@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from etils import epath
 from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
@@ -37,6 +38,7 @@ def train(
     from. source: your own images to train on, see `cjepa_jax.data.sources`; without it data.source says where they are.
     Returns the last state. Raises UserError and the other errors of `cjepa_jax.train.loop.train`.
     """
+    logging.set_verbosity("error")  # TFDS' and Orbax' chatter, as in the commands
     if isinstance(config, str | os.PathLike):
         values = load_config(os.fspath(config))
     else:
@@ -56,6 +58,7 @@ def load(checkpoint: PathLike, encoder: str | None = None) -> "FrozenEncoder":
     checkpoint: a workdir (its newest checkpoint), WORKDIR/checkpoints/STEP, or what `cjepa_jax.convert` wrote.
     encoder: "target_encoder" or "encoder", by default the first of them that the checkpoint has. Raises UserError.
     """
+    logging.set_verbosity("error")  # Orbax' chatter, as in the commands
     path = epath.Path(checkpoint)
     has = [name for name in pretrained.ENCODERS if name in pretrained.available(path)]
     require(bool(has), f"checkpoint {path} has no encoder")

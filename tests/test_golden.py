@@ -20,7 +20,8 @@ from cjepa_jax.methods import METHODS, find_method
 from cjepa_jax.methods.cjepa import CJEPA
 from cjepa_jax.settings import flatten, parse
 from cjepa_jax.train.optimizer import decay_mask
-from cjepa_jax.train.step import init_state, train_step
+from cjepa_jax.train.sharding import make_mesh
+from cjepa_jax.train.step import build, init_state, train_step
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 FILES = (pathlib.Path(__file__).parents[1] / "configs").glob("*.py")
@@ -66,14 +67,25 @@ def test_parameters_and_decay(name, request):
         lines.append(f"{jax.tree_util.keystr(path, simple=True, separator='/')} {shape} {'decay' if decays else '-'}\n")
     check(GOLDEN / f"{name}.txt", "".join(lines), request)
 
-    data = config.data
+    data, size = config.data, max(8, config.optim.microbatches)
     views = (len(method.views),) if len(method.views) > 1 else ()
-    images = jax.ShapeDtypeStruct((8, *views, data.image_size, data.image_size, data.channels), jnp.uint8)
-    batch = Batch(images, jax.ShapeDtypeStruct((8,), jnp.int32))
+    images = jax.ShapeDtypeStruct((size, *views, data.image_size, data.image_size, data.channels), jnp.uint8)
+    batch = Batch(images, jax.ShapeDtypeStruct((size,), jnp.int32))
     step = functools.partial(train_step, method=method, steps=1000)
     after, metrics, _ = jax.eval_shape(step, state, batch, jax.random.key(0))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert all(value.shape == () and value.dtype == jnp.float32 for value in metrics.values())
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("name", ["vitb16_one_device", "stl10", "imagenet100"])
+def test_configs_for_one_accelerator(name):
+    """One device can share the batch out to the microbatches, and the predictor's tokens suit the fused kernels."""
+    config = resolved(name)
+    method = CJEPA(config)
+    program = build(method, 1000, make_mesh(config.mesh, jax.devices()[:1]))
+    assert config.optim.microbatches > 1 and len(program.batch.images.sharding.device_set) == 1
+    assert method.transformers()["predictor"].tokens % 8 == 0
 
 
 def dot_dtypes(jaxpr) -> list[tuple[str, ...]]:

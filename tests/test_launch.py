@@ -16,7 +16,8 @@ import pytest
 import yaml
 from test_train import SMALL
 
-LAUNCH = pathlib.Path(__file__).parents[1] / "launch"
+ROOT = pathlib.Path(__file__).parents[1]
+LAUNCH = ROOT / "launch"
 TPU_VM, SLURM = LAUNCH / "tpu_vm.sh", LAUNCH / "slurm.sbatch"
 JOBSET = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
 POD = JOBSET["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
@@ -293,3 +294,21 @@ def test_notebook(tmp_path, monkeypatch):
         assert outputs[name][-1].data["image/png"]
     assert outputs["features"][-1].data["text/plain"] == "(360, 16)"
     assert (tmp_path / "run" / "encoder" / "model.safetensors").exists()
+
+
+def test_notebook_chooses_config_and_microbatches():
+    notebook = nbformat.read(LAUNCH / "colab.ipynb", as_version=4)
+    (train,) = (cell.source for cell in notebook.cells if cell.id == "train")
+    names: dict = {}
+    exec(train.partition("name, settings =")[0], names)
+    find_settings, microbatches = names["find_settings"], names["microbatches"]
+    for data in ("digits", "stl10", "imagenet", "imagenet100:/some/folder", "tfds:cifar10", "/drive/photos"):
+        name, flags = find_settings(data)
+        assert (ROOT / "configs" / f"{name}.py").is_file()
+        assert all(flag.startswith("--config.") for flag in flags)
+    assert find_settings("imagenet100:/some/folder") == ("imagenet100", ["--config.data.data_dir=/some/folder"])
+    assert find_settings("/drive/photos") == ("folder", ["--config.data.data_dir=/drive/photos"])
+    # One v5e; a 16 GB GPU, of whose memory JAX takes three quarters; one of 24 and one of 80 GB; 8 chips.
+    sizes = (15.75, 11.0, 17.0, 60.0, 126.0)
+    assert [microbatches(32, gib) for gib in sizes] == [32, 64, 32, 8, 4]
+    assert [microbatches(1, gib) for gib in sizes] == [1, 2, 1, 1, 1]

@@ -14,17 +14,21 @@ from cjepa_jax.tpu.hlo import Kernel
 # Chip -> (tokens, heads, features of a head, whether tokens may be masked) -> cycles forward, backward, of a sequence.
 CYCLES: Mapping[str, Mapping[tuple[int, int, int, bool], tuple[int, ...]]] = {
     "v5e": {
+        (42, 6, 64, True): (1142, 2249),
+        (54, 6, 64, True): (1214, 2382),
         (56, 3, 64, True): (845, 886),
         (56, 6, 64, True): (1742, 1444),
         (56, 12, 64, True): (1333, 2211),
         (56, 16, 64, True): (1880, 2493),
         (56, 16, 88, True): (3077, 7595),
+        (72, 6, 64, True): (1361, 1864),
         (72, 16, 80, True): (3735, 8222),
         (96, 3, 128, True): (1312, 1691),
         (96, 6, 64, True): (1515, 2133),
         (96, 12, 32, True): (1309, 2158),
         (96, 16, 24, True): (2808, 3511),
         (126, 16, 24, True): (2796, 9823),
+        (144, 6, 64, False): (2481, 2997),
         (196, 3, 64, False): (2080,),
         (196, 6, 64, False): (2643,),
         (196, 12, 64, False): (3891, 12332),

@@ -2,8 +2,8 @@
 
     python -m cjepa_jax.main --config=configs/vitb16_one_device.py
 
-The gradient is that of the whole batch. docs/one_device.md says what to expect: about ten days on one TPU v5e chip.
-Hardware: one TPU chip or GPU with 16 GB; not yet run.
+The gradient is that of the whole batch. docs/one_device.md says what to expect.
+Hardware: one TPU chip or GPU with 16 GB; compiled for a v5e (238 hours predicted), not yet run.
 """
 
 from ml_collections import ConfigDict

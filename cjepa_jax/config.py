@@ -10,7 +10,9 @@ from typing import Literal
 from cjepa_jax.errors import require
 from cjepa_jax.settings import group, required, setting
 
-SourceKind = Literal["digits", "npz", "folder", "tfds", "clevr_count", "clevr_distance", "own"]  # see data/sources.py
+SourceKind = Literal[  # see data/sources.py
+    "digits", "npz", "folder", "webdataset", "parquet", "tfds", "clevr_count", "clevr_distance", "own"
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,7 +22,8 @@ class Data:
     source: SourceKind = required("The kind of data set; see docs/data.md.")
     name: str = setting("", "tfds: the set's name, such as imagenet2012; empty where data_dir is itself a data set.")
     data_dir: str = setting(
-        "", "npz: the file. folder: the folder. Others: where TFDS looks, by default its own place."
+        "",
+        "npz: the file. folder, webdataset, parquet: the folder. Others: where TFDS looks, by default its own.",
     )
     train_split: str = setting("train", "The images to train on, in TFDS' syntax with slices: train[:80%].")
     test_split: str = setting("test", "The images to judge by.")

@@ -31,12 +31,14 @@ def test_input_measures_every_way(tmp_path):
         "torchvision",
         "files, loop",
         "files, pipeline, 1 threads",
+        "tar, loop",
+        "parquet, loop",
         "shards, loop",
         "shards, pipeline, 1 threads",
     ):
         assert re.search(rf"^{row} +\d+ +\d+ +\d+\.\d\d$", said, re.MULTILINE), row
-    files, shards = map(float, re.findall(r"(\d+\.\d) dB", said))
-    assert files > 35 and 20 < shards < files
+    files, tar, parquet, shards = map(float, re.findall(r"(\d+\.\d) dB", said))
+    assert files == tar == parquet > 35 and 20 < shards < files
 
 
 def test_input_needs_images(tmp_path):

@@ -8,22 +8,26 @@
 --short-side=256  pixels of the short side of a prepared image
 --rounds=7        turns that each way takes
 
-The command reads a folder of images as it is and, after `cjepa_jax.data.prepare`,
-from shards. It compares both with torchvision's recipe (Pillow: decode, crop,
-bilinear resize) on the same files and the same boxes. All ways take turns for
-several rounds, and the table shows medians. "Loop" is a bare loop over decoding and
-cropping; "pipeline" is what training reads from.
+The command reads a folder of images as it is, from a tar and a Parquet file of the same
+files, and, after `cjepa_jax.data.prepare`, from shards. It compares them with
+torchvision's recipe (Pillow: decode, crop, bilinear resize) on the same files and the same
+boxes. All ways take turns for several rounds, and the table shows medians. "Loop" is a bare
+loop over decoding and cropping; "pipeline" is what training reads from.
 """
 
 import dataclasses
 import math
 import os
+import pathlib
 import statistics
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 from absl import flags
 from PIL import Image
 
@@ -135,6 +139,21 @@ class Bench:
         return run
 
 
+def _archives(sample: str, scratch: str) -> tuple[str, str]:
+    """Writes the files of a folder into a tar and a Parquet file, with 100 images a row group as `datasets` does."""
+    tars, parquet = (os.path.join(scratch, name) for name in ("tar", "parquet"))
+    os.mkdir(tars)
+    os.mkdir(parquet)
+    rows = []
+    with tarfile.open(os.path.join(tars, "train.tar"), "w", dereference=True) as tar:
+        for file in folder.scan(sample).splits["train"]:
+            tar.add(os.path.join(sample, file.path), file.path)
+            rows.append({"bytes": pathlib.Path(sample, file.path).read_bytes(), "path": file.path})
+    table = pyarrow.table({"image": pyarrow.array(rows)})
+    pyarrow.parquet.write_table(table, os.path.join(parquet, "train.parquet"), row_group_size=100)
+    return tars, parquet
+
+
 def _psnr(a: np.ndarray, b: np.ndarray) -> float:
     return 10 * float(np.log10(255**2 / max(1e-9, np.mean((a.astype(float) - b) ** 2))))
 
@@ -154,8 +173,11 @@ def measure(images: str, *, size: int, count: int, short_side: int, rounds: int)
             name = f"{i}{os.path.splitext(file.path)[1]}"
             os.symlink(os.path.realpath(os.path.join(found.root, file.path)), os.path.join(sample, name))
         prepare.prepare(sample, shards, short_side=short_side)
+        tars, parquet = _archives(sample, scratch)
         stored = {
             "files": Bench(sample, size, count, source="folder", name=""),
+            "tar": Bench(tars, size, count, source="webdataset", name=""),
+            "parquet": Bench(parquet, size, count, source="parquet", name=""),
             "shards": Bench(shards, size, count, source="tfds", name=""),
         }
         ways: dict[str, Callable[[], Callable[[], object]]] = {"torchvision": lambda: stored["files"].torchvision}

@@ -2,7 +2,8 @@
 
     python -m cjepa_jax.data.prepare --input=FOLDER --output=DIR
 
---input=FOLDER    images in folders; cjepa_jax/data/folder.py says what are splits and labels
+--input=FOLDER    images in folders, or tar shards (WebDataset) or Parquet (Hugging Face) in
+                  them; docs/data.md says what are splits and labels
 --output=DIR      a new folder
 --short-side=320  pixels; larger images are shrunk to it and encoded as JPEG, others stay as they are
 --quality=90      of that JPEG, 1 to 100
@@ -25,6 +26,7 @@ import functools
 import itertools
 import json
 import os
+import pathlib
 import re
 import shlex
 import sys
@@ -38,13 +40,20 @@ from etils import epath
 from tqdm import tqdm
 
 from cjepa_jax import command, signals
-from cjepa_jax.data import decode, folder, shard_file, waiting
+from cjepa_jax.data import decode, folder, parquet, shard_file, tars, waiting
 from cjepa_jax.errors import UserError, one_line, require
 from cjepa_jax.files import TEMPORARY, write_whole
 
 IMAGES_PER_SHARD = 4096
 
 _STATE = "prepare.json"  # in DIR: the settings, and what is known of each finished shard
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored(folder.ImageFile):
+    """Describes an image that lies with others in one file."""
+
+    read: Callable[[], bytes]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +76,7 @@ def prepare(source: str, output: str, *, short_side: int = 320, quality: int = 9
     require(encodable, f"--output must be a name in UTF-8, got {output!r}")
     require(bool(output) and "://" not in output, f"--output must be a local folder, got {output!r}")
     output = os.path.expanduser(output)
-    found = folder.scan(source)
+    found, fingerprints = _list(source)
     for name in found.classes:  # TFDS keeps them as lines of a text file
         kept = name.encode(errors="ignore").decode().strip() == name and not {"\n", "\r"} & set(name)
         require(kept, f"the folder name {name!r} cannot be the name of a class in TFDS: rename it")
@@ -79,13 +88,30 @@ def prepare(source: str, output: str, *, short_side: int = 320, quality: int = 9
     features = tfds.features.FeaturesDict({"image": tfds.features.Image(), "file_name": tfds.features.Text(), **labels})
     # Folders that are half prepared know these keys.
     settings: dict[str, Any] = {"short_side": short_side, "quality": quality, "images_a_shard": IMAGES_PER_SHARD}
-    settings |= {split: f"{len(files)} images {folder.fingerprint(files)}" for split, files in found.splits.items()}
+    settings |= fingerprints
     with _claimed(output):
         state = _load_state(output, settings)
         shards = _shards(found, state["name"])
         record = functools.partial(_record, root=found.root, settings=settings, features=features)
         _write_shards(output, state, shards, record, threads)
         _finish(output, state, shards, features)
+
+
+def _list(source: str) -> tuple[folder.Folder, dict[str, str]]:
+    """Lists the images of a folder, or of the tar or Parquet files in it; gives each split's fingerprint too."""
+    root = os.path.expanduser(source)
+    for suffix, scan in ((".tar", tars.scan), (".parquet", parquet.scan)):
+        if os.path.isdir(root) and next(pathlib.Path(root).rglob(f"*{suffix}"), None):
+            found = scan(root)
+            splits: dict[str, list[folder.ImageFile]] = {}
+            for name, archive in found.splits.items():
+                places = map(archive.place, range(archive.length))
+                splits[name] = [_Stored(*place, functools.partial(archive.read, i)) for i, place in enumerate(places)]
+            prints = {name: archive.fingerprint for name, archive in found.splits.items()}
+            return folder.Folder(root, splits, found.classes), prints
+    listed = folder.scan(source)
+    prints = {name: f"{len(files)} images {folder.fingerprint(files)}" for name, files in listed.splits.items()}
+    return listed, prints
 
 
 @contextlib.contextmanager
@@ -195,8 +221,8 @@ def _record(
     """Returns the record of an image, or the reason why there is none."""
     try:
         path = os.path.join(root, file.path)
-        with waiting.reading(lambda: path), open(path, "rb") as opened:
-            raw = opened.read()
+        with waiting.reading(lambda: path):
+            raw = file.read() if isinstance(file, _Stored) else pathlib.Path(path).read_bytes()
         image = decode.shrink_file(raw, short_side=settings["short_side"], quality=settings["quality"])
     except decode.UnreadableError as error:
         return one_line(error)

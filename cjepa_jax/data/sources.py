@@ -25,7 +25,7 @@ import numpy as np
 from etils import epath
 
 from cjepa_jax.config import Data
-from cjepa_jax.data import folder, waiting
+from cjepa_jax.data import archives, folder, tars, waiting
 from cjepa_jax.data.decode import UnreadableError
 from cjepa_jax.errors import UserError, one_line, require
 
@@ -293,6 +293,41 @@ def _how_to_prepare(builder: Any, data: Data, reason: str) -> str:
     )
 
 
+def _archive(data: Data, split: str) -> Source:
+    """Opens tar shards or Parquet files; images stay in them until a thread wants one."""
+    require(bool(data.data_dir), "data.data_dir is empty: --config.data.data_dir=FOLDER names the folder of the files")
+    from cjepa_jax.data import parquet  # which imports pyarrow
+
+    try:
+        found = (parquet if data.source == "parquet" else tars).scan(data.data_dir)
+    except UserError as error:
+        raise UserError(f"data.data_dir: {error}") from None
+    places = {name: range(archive.length) for name, archive in found.splits.items()}
+    parts = [(found.splits[name], places[name][part]) for name, part in _parts(split, **places)]
+    ends = np.cumsum([len(indices) for _, indices in parts])
+
+    def find(index: int) -> tuple[archives.Archive, int]:
+        which = int(np.searchsorted(ends, index, side="right"))
+        archive, indices = parts[which]
+        return archive, indices[index - int(ends[which])]  # counted from the end of its part
+
+    def label(index: int) -> int | None:
+        archive, at = find(index)
+        return archive.place(at).label
+
+    def read(index: int) -> Record:
+        archive, at = find(index)
+        return {"image": archive.read(at), "label": archive.place(at).label}
+
+    def name(index: int) -> str:
+        archive, at = find(index)
+        return os.path.join(data.data_dir, archive.place(at).name)
+
+    content = " ".join(f"{one} {archive.fingerprint}" for one, archive in sorted(found.splits.items()))
+    length = int(ends[-1]) if parts else 0
+    return Source(_Records(length, read), f"{length} images of {split}: {content}", found.classes, name, label)
+
+
 def _own(data: Data, split: str) -> Source:
     raise UserError(
         "data.source = 'own' are images that a program gave to cjepa_jax.train, and cannot be found again: name the "
@@ -307,5 +342,7 @@ _LOADERS: dict[str, Callable[[Data, str], Source]] = {
     "tfds": _tfds,
     "clevr_count": _clevr,
     "clevr_distance": _clevr,
+    "webdataset": _archive,
+    "parquet": _archive,
     "own": _own,
 }

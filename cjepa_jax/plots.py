@@ -31,7 +31,8 @@ def curves(lines: list[dict[str, Any]], path: epath.Path, panels: Mapping[str, S
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
     for axes, (title, names) in zip(grid, panels.items(), strict=False):
-        for name in names:
+        # A method may log a metric only where a setting asks for it.
+        for name in [name for name in names if any(name in line for line in lines)] or names:
             points = [(line["step"], line[name]) for line in lines if name in line]
             axes.plot(
                 *zip(*points, strict=True) if points else ([], []), marker="." if len(points) < 20 else "", label=name

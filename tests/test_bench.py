@@ -33,6 +33,7 @@ def test_input_measures_every_way(tmp_path):
         "files, pipeline, 1 threads",
         "tar, loop",
         "parquet, loop",
+        r"files, two views, \d+ threads",
         "shards, loop",
         "shards, pipeline, 1 threads",
     ):

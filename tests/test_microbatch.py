@@ -83,7 +83,7 @@ def of_the_whole_batch(case: str):
 def assert_same(found, wanted, tolerance=1e-6):
     (total, aux), grads = found
     (wanted_total, wanted_aux), wanted_grads = wanted
-    np.testing.assert_allclose(total, wanted_total, rtol=1e-6)
+    np.testing.assert_allclose(total, wanted_total, rtol=tolerance)
     for a, b in zip(jax.tree.leaves(aux), jax.tree.leaves(wanted_aux), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     # A leaf far below the whole gradient (a bias before a norm) holds little but rounding.

@@ -12,7 +12,9 @@ The command reads a folder of images as it is, from a tar and a Parquet file of 
 files, and, after `cjepa_jax.data.prepare`, from shards. It compares them with
 torchvision's recipe (Pillow: decode, crop, bilinear resize) on the same files and the same
 boxes. All ways take turns for several rounds, and the table shows medians. "Loop" is a bare
-loop over decoding and cropping; "pipeline" is what training reads from.
+loop over decoding and cropping; "pipeline" is what training reads from;
+"two views" is the same with the two augmented views of configs/vicreg_vitb16.py, counted in
+images, not in views.
 """
 
 import dataclasses
@@ -34,6 +36,7 @@ from PIL import Image
 from cjepa_jax import command, signals
 from cjepa_jax.config import Data
 from cjepa_jax.data import decode, folder, pipeline, prepare, sources
+from cjepa_jax.data.augment import Augmentation
 from cjepa_jax.errors import require
 
 BATCH = 32
@@ -43,6 +46,10 @@ REPEATS = 3000  # of the folder: Grain shuffles a set of a few hundred images se
 # good step reaches.
 GIGAFLOPS_PER_IMAGE = 109
 USE = 0.45
+VIEWS = tuple(
+    Augmentation((0.08, 1.0), (3 / 4, 4 / 3), flip=0.5, color=0.5, blur=blur, solarize=solarize, saturation=0.5)
+    for blur, solarize in ((1.0, 0.0), (0.1, 0.2))
+)
 CONSUMERS = {  # name -> (bfloat16 TFLOP/s of all chips, vCPUs)
     "TPU v5e host, 4 chips": (4 * 197, 112),
     "node of 8 A100": (8 * 312, 96),
@@ -126,14 +133,14 @@ class Bench:
             for index, box in self._boxes
         ]
 
-    def pipeline(self, threads: int) -> Callable[[], None]:
+    def pipeline(self, threads: int, views: Sequence[Augmentation] | None = None) -> Callable[[], None]:
         """Returns a function that takes as many images from the pipeline as the loops read; the pipeline is filled."""
 
         def run() -> None:
             for _ in range(self.batches):
                 next(stream)
 
-        stream = pipeline.train_batches(pipeline.Reader(self._source, self._data(threads)), seed=0)
+        stream = pipeline.train_batches(pipeline.Reader(self._source, self._data(threads)), seed=0, views=views)
         for _ in range(_FILLING):
             next(stream)
         return run
@@ -185,6 +192,8 @@ def measure(images: str, *, size: int, count: int, short_side: int, rounds: int)
             ways[f"{name}, loop"] = lambda bench=bench: bench.loop  # type: ignore[misc]
             for threads in sorted({1, cores}):
                 ways[f"{name}, pipeline, {threads} threads"] = lambda b=bench, t=threads: b.pipeline(t)  # type: ignore[misc]
+        for name, bench in ((name, stored[name]) for name in ("files", "shards")):
+            ways[f"{name}, two views, {cores} threads"] = lambda b=bench: b.pipeline(cores, VIEWS)  # type: ignore[misc]
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(rounds):
             for name, make in ways.items():

@@ -18,7 +18,8 @@ from cjepa_jax.train import writer
 
 _SETTINGS = (
     *("data.source", "data.name", "data.train_split", "data.batch_size", "optim.epochs", "optim.learning_rate"),
-    *("predictor.width", "predictor.depth", "mask.recipe", "vicreg.weight", "ema.start", "ema.end", "seed"),
+    *("predictor.width", "predictor.depth", "mask.recipe", "vicreg.weight", "sigreg.weight", "ema.start", "ema.end"),
+    *("seed",),
 )
 
 
@@ -91,6 +92,7 @@ def _training(config: Mapping[str, Any]) -> str:
     name = method.__name__
     if method is METHODS["cjepa"]:
         name = "C-JEPA" if config.get("vicreg.weight") else "I-JEPA"
+        name += " and SIGReg" if config.get("sigreg.weight") else ""
     return f"Pre-trained with {name}, self-supervised"
 
 

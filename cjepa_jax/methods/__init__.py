@@ -6,6 +6,8 @@ from typing import Any
 from cjepa_jax.errors import nearest, require
 from cjepa_jax.methods.base import Method
 from cjepa_jax.methods.cjepa import CJEPA
+from cjepa_jax.methods.lejepa import LeJEPA
+from cjepa_jax.methods.simsiam import SimSiam
 from cjepa_jax.methods.supervised import Supervised
 from cjepa_jax.methods.vicreg import VICReg
 
@@ -13,6 +15,8 @@ METHODS: dict[str, type[Method]] = {
     "cjepa": CJEPA,
     "supervised": Supervised,
     "vicreg": VICReg,
+    "simsiam": SimSiam,
+    "lejepa": LeJEPA,
 }
 
 

@@ -12,13 +12,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Float, PyTree, UInt8
+from jaxtyping import Array, Float, PyTree, UInt8, UInt32
 
 from cjepa_jax.batch import Batch
 from cjepa_jax.config import Config
 from cjepa_jax.errors import require
-from cjepa_jax.methods import losses
+from cjepa_jax.methods import losses, sigreg
 from cjepa_jax.methods.base import Method, Metrics, Outputs, Panels, Params, Transformer, keep
+from cjepa_jax.methods.sigreg import Sigreg
 from cjepa_jax.models.masking import Mask, Masks, sample_masks, target_tokens
 from cjepa_jax.models.predictor import Predictor, PredictorConfig, build_predictor
 from cjepa_jax.models.projector import Projector
@@ -35,12 +36,13 @@ class PredictionLoss:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CJEPAConfig(Config):
-    """Settings of C-JEPA; I-JEPA is vicreg.weight = 0."""
+    """Settings of C-JEPA; I-JEPA is vicreg.weight = 0 without SIGReg."""
 
     predictor: PredictorConfig = group(PredictorConfig, "The narrow ViT that predicts hidden blocks.")
     mask: Mask = group(Mask, "Multi-block masking.")
     loss: PredictionLoss = group(PredictionLoss, "The prediction loss.")
     vicreg: losses.Vicreg = group(losses.Vicreg, "The regulariser, weight * (invariance + variance + covariance).")
+    sigreg: Sigreg = group(Sigreg, "Another regulariser: pooled features like an isotropic Gaussian.")
 
 
 class MaskedImages(NamedTuple):
@@ -48,6 +50,7 @@ class MaskedImages(NamedTuple):
 
     images: UInt8[Array, "B H W C"]
     masks: Masks
+    seeds: UInt32[Array, "B k"] | None = None  # of SIGReg's directions, where it is on
 
 
 def _apply(module: nn.Module, params: PyTree, *inputs: Any) -> jax.Array:
@@ -64,7 +67,7 @@ class CJEPA(Method):
     averaged: ClassVar[Mapping[str, str]] = {"target_encoder": "encoder"}
     panels: ClassVar[Panels] = {
         "Loss": ("loss/total", "loss/prediction"),
-        "Regulariser's terms": ("loss/variance", "loss/invariance", "loss/covariance"),
+        "Regulariser's terms": ("loss/variance", "loss/invariance", "loss/covariance", "loss/sigreg"),
         "Error of the block mean": ("rep/block_mean_error",),
         "Std over images": ("rep/std", "rep/cosine"),
         "Effective rank": ("rep/rank",),
@@ -116,8 +119,10 @@ class CJEPA(Method):
         return sample_masks(rng, self.config.mask, grid=self.config.grid, batch=batch)
 
     def prepare(self, batch: Batch, rng: jax.Array) -> MaskedImages:
-        """Draws the masks of all images of a batch."""
-        return MaskedImages(batch.images, self.masks(rng, len(batch.images)))
+        """Draws the masks of all images of a batch, and the seed of SIGReg's directions where it is on."""
+        count = len(batch.images)
+        seeds = sigreg.seeds(jax.random.fold_in(rng, 1), count) if self.config.sigreg.weight else None
+        return MaskedImages(batch.images, self.masks(rng, count), seeds)
 
     def patches(self, images: UInt8[Array, "B H W C"]) -> Float[Array, "B N P"]:
         """Normalises images and cuts them into patches."""
@@ -151,10 +156,10 @@ class CJEPA(Method):
                 "context_mean": context.mean(axis=1, where=masks.context_valid[..., None]),
                 "target_mean": target.mean(axis=(1, 2), where=masks.target_valid[..., None]),
             }
-        return outputs
+        return outputs if inputs.seeds is None else {**outputs, "seeds": inputs.seeds}
 
     def loss(self, params: Params, outputs: Outputs) -> tuple[Float[Array, ""], Metrics]:
-        """Adds the mean prediction error and the weighted regulariser, equations 21 and 22 of the paper."""
+        """Adds the mean prediction error and the weighted regulariser, equations 21 and 22 of the paper, and SIGReg."""
         vicreg, block_means = self.config.vicreg, outputs["block_means"]
         prediction_loss = outputs["error"].sum() / outputs["terms"].sum()
         if vicreg.views == "target_blocks":
@@ -165,7 +170,14 @@ class CJEPA(Method):
             z = _apply(self.projector, params["projector"], views)
             terms = losses.context_target(z[0], z[1], vicreg)
         total = prediction_loss + losses.weighted(terms, vicreg)
-        return total, {
+        metrics = {}
+        if self.config.sigreg.weight:
+            slices = sigreg.directions(outputs["seeds"], width=z.shape[-1], slices=self.config.sigreg.slices)
+            # Of context and target, only the context is to be spread out, as in VICReg's terms.
+            gaussian = sigreg.statistic(z if vicreg.views == "target_blocks" else z[:1], slices).mean()
+            total += self.config.sigreg.weight * gaussian
+            metrics = {"loss/sigreg": gaussian}
+        return total, metrics | {
             "loss/total": total,
             "loss/prediction": prediction_loss,
             "loss/variance": terms.variance,

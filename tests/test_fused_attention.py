@@ -99,6 +99,16 @@ def test_other_lengths(tokens, heads, head_dim, masked):
     assert max(errors(found, in_float64(*arrays, heads))) < 3e-6
 
 
+@pytest.mark.parametrize("size", [name for name in SIZES if 128 % SIZES[name][1] == 0])
+@pytest.mark.parametrize("masked", [True, False])
+def test_packed_values_and_gradients(size, masked):
+    """XLA's operations with several heads side by side, as wide as a TPU's registers."""
+    heads, head_dim = SIZES[size]
+    arrays = inputs(heads, head_dim, tokens=37, masked=masked)
+    found = value_and_gradients(attention.attend_packed, *arrays, heads)
+    assert max(errors(found, in_float64(*arrays, heads))) < 3e-6
+
+
 @pytest.mark.parametrize("size", ["S", "predictor of B"])
 def test_bfloat16_is_as_exact_as_xla(size):
     """Inputs, probabilities and results are rounded to bfloat16, 2^-9: 1 % of the largest value remains at most."""
@@ -189,7 +199,8 @@ def test_a_step_is_the_one_that_xla_takes(make_config, monkeypatch, on_one_devic
         return interpreted(qkv, *rest, **options)
 
     monkeypatch.setattr(fused_attention, "attend", recorded)
-    monkeypatch.setattr(sharding, "platform", lambda mesh: "tpu")
+    tpu, real = types.SimpleNamespace(platform="tpu", device_kind="tpu"), attention.choose
+    monkeypatch.setattr(attention, "choose", lambda setting, *, device, **known: real(setting, device=tpu, **known))
     metrics, moments = one_step(make_config(**WIDE, model__attention="fused", **WAYS[way]), 8)
     assert {shape[0] for shape in calls} == {16, 9, 9 + 4}  # target, context, predictor
     expected, expected_moments = on_one_device

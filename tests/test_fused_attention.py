@@ -227,6 +227,12 @@ def test_auto_is_fused_on_tpu_where_that_can_serve(monkeypatch):
         str(jax.make_jaxpr(functools.partial(choose("auto"), heads=heads))(qkv, bias, valid)) for heads in (4, 32)
     ]
     assert ["pallas_call" in text for text in programs] == [True, False]
+    called = []
+    for name in ("attend_packed", "attend_xla"):
+        monkeypatch.setattr(attention, name, lambda qkv, *rest, name=name, **heads: called.append(name))
+    for tokens in (320, 322):  # what the kernels do not serve
+        choose("auto")(jnp.zeros((1, tokens, 3 * 96)), bias, None, heads=4)
+    assert called == ["attend_packed", "attend_xla"]
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from cjepa_jax.models import fused_attention
 from cjepa_jax.models.fused_attention import PerDevice
 
 _LANES = 128  # of a TPU's registers
+_SHORT = 320  # tokens, up to which heads side by side were predicted to be faster on TPU
 
 
 class Attend(Protocol):
@@ -133,7 +134,8 @@ def choose(
     def attend(qkv, bias, valid, *, heads):
         _, tokens, width = qkv.shape
         if unsupported(tokens=tokens, width=width // 3, heads=heads, dtype=qkv.dtype):
-            return attend_xla(qkv, bias, valid, heads=heads)
+            packed = device.platform == "tpu" and tokens <= _SHORT
+            return (attend_packed if packed else attend_xla)(qkv, bias, valid, heads=heads)
         return fused(qkv, bias, valid, heads=heads)
 
     return attend

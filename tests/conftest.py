@@ -20,6 +20,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 def pytest_addoption(parser):
     parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden from what the code gives now")
+    parser.addoption("--ijepa", help="a clone of facebookresearch/ijepa, for tests/test_against_release.py")
 
 
 def small(**overrides) -> CJEPAConfig:

@@ -26,7 +26,7 @@ BLOCK = re.compile(r"^```(\w*) ?(.*)\n((?s:.*?))^```$", re.MULTILINE)
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 NEEDS = {"checkpoint", "cloud", "data", "gpu", "libtpu", "network", "time", "tpu"}
 STAND_INS = {"CONFIG": "configs/vitb16.py", "SLICE": "v5e:8x8", "FORMAT": "timm", "N": "0"}
-OF_OTHERS = {"pip", "gcloud", "export"}  # programs whose arguments are not ours to check
+OF_OTHERS = {"pip", "gcloud", "git", "export"}  # programs whose arguments are not ours to check
 TAKE_CONFIG = {
     "cjepa_jax.main",
     "cjepa_jax.finetune",

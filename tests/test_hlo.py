@@ -63,7 +63,7 @@ def test_loops_multiply_all_that_they_hold():
     assert result.cycles == 12 * 1000 + 50  # the fusion's own estimate, not those inside it or of the condition
     assert result.matmul_flops == 12 * 2 * 16 * 128 * 256
     gather = next(c for c in result.collectives if c.opcode == "all-gather")
-    assert gather == ("gathered", "all-gather", 2, 128 * 256 * 2, 12)
+    assert gather == ("gathered", "all-gather", 2, 128 * 256 * 2, 12, False)
     assert gather.sent_bytes == 12 * 128 * 256 * 2
     assert [(c.name, c.source) for c in result.costs] == [("matmul", ""), ("out", "jit(step)/neg")]
 
@@ -146,6 +146,12 @@ ENTRY %main (p: bf16[64]) -> bf16[16] {
     result = hlo.analyse(text)
     assert [(c.opcode, c.sent_bytes) for c in result.collectives] == [("all-gather", 384), ("reduce-scatter", 96)]
     assert result.uncosted == {}
+    assert [c.overlapped for c in result.collectives] == [False, False]
+    work = f"  %work = bf16[64]{{0}} add(%p, %p), {CONFIG % 5}\n"
+    within = text.replace("  %done =", work + "  %done =")
+    assert [c.overlapped for c in hlo.analyse(within).collectives] == [True, False]
+    after = text.replace("  %async =", work + "  %async =")
+    assert [c.overlapped for c in hlo.analyse(after).collectives] == [False, False]
 
 
 def test_a_collective_that_compute_overlaps_counts_once():
@@ -184,6 +190,7 @@ ENTRY %main (p: bf16[64]) -> bf16[16] {{
         ("reduce-scatter", 4, 96),
     ]
     assert result.cycles == 77 and result.uncosted == {}
+    assert [c.overlapped for c in result.collectives] == [True, False]
 
 
 # Attention scores of 64 sequences and 3 heads, as TPU programs write them: the batch is a dilated window.

@@ -34,6 +34,7 @@ def describe(compiled: str, chip: chips.Chip, shape: tuple[int, ...]) -> dict[st
         "kernel_seconds": sum(kernel["seconds"] or 0.0 for kernel in found),
         "kernels": found,
         "collective_seconds": sum(c["seconds"] for c in collectives),
+        "exposed_collective_seconds": sum(c["seconds"] for c in collectives if not c["overlapped"]),
         "collectives": collectives,
         "not_costed": not_costed,
         "costliest": [c._asdict() for c in sorted(program.costs, key=lambda c: -c.cycles)[:20]],
@@ -107,6 +108,7 @@ def format_step(report: dict[str, Any], chip: chips.Chip) -> str:
             (f"{opcode} x {times:.0f}", _ms(seconds), f"{size / 1e6:.1f} MB per chip, groups of {group}")
             for (opcode, group), (times, size, seconds) in groups.items()
         ),
+        ("not overlapped", _ms(report["exposed_collective_seconds"]), "of the collectives, by the schedule"),
         ("predicted step", _ms(report["predicted_step_seconds"]), ""),
         ("predicted MFU", f"{report['predicted_mfu']:.1%}", f"of {chip.flops / 1e12:.0f} TFLOP/s bfloat16"),
         ("predicted images/s", f"{report['predicted_images_per_second']:.0f}", ""),

@@ -44,6 +44,7 @@ class Collective(NamedTuple):
     group: int  # chips that take part together
     operand_bytes: int  # on one chip, one time
     times: int  # in one run of the program
+    overlapped: bool  # whether the schedule computes while it is under way
 
     @property
     def sent_bytes(self) -> float:
@@ -99,27 +100,32 @@ def analyse(text: str) -> ProgramCost:
     chips = int(partitions[1]) if partitions else 1
     costs: list[Cost] = []
     traffic: dict[str, Collective] = {}  # by channel: the parts of an overlapped collective repeat the instruction
+    overlapped: set[str] = set()  # channels
     uncosted: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
     kernels: list[Kernel] = []
     flops = 0.0
 
-    def walk(computation: str, times: int, fused: bool) -> None:
+    def walk(computation: str, times: int, fused: bool, computes: bool) -> None:
         nonlocal flops
         shapes = {i.name: i.shape for i in computations[computation]}
-        for i in computations[computation]:
+        for place, i in enumerate(computations[computation]):
             opcode = i.opcode.removesuffix("-start")
             if i.opcode.endswith(("-done", "-update")):  # their "-start" has been counted
                 continue
             callees = list(_callees(i, computations))
             for callee, trips in callees:
-                walk(callee, times * (trips or 1), fused or i.opcode == "fusion")
+                busy = computes or (i.opcode == "fusion" and _cycles(i.attributes) > 0)
+                walk(callee, times * (trips or 1), fused or i.opcode == "fusion", busy)
             if opcode in _SENT:
                 size = sum(shape_bytes(shapes[name]) for name in _names(i.operands))
                 if computation.startswith("all-reduce-scatter"):  # which keeps one part of the sum
                     opcode = "reduce-scatter"
                 channel = re.search(r"channel_id=\d+", i.attributes)
-                collective = Collective(i.name, opcode, _group(i.attributes, chips), size, times)
-                traffic.setdefault(channel[0] if channel else i.name, collective)
+                collective = Collective(i.name, opcode, _group(i.attributes, chips), size, times, False)
+                key = channel[0] if channel else i.name
+                traffic.setdefault(key, collective)
+                if computes or _computes_meanwhile(computations[computation], place):
+                    overlapped.add(key)
             elif opcode in ("convolution", "dot"):
                 flops += times * _flops(i, shapes)
             elif kernel := _kernel(i, shapes, times):
@@ -136,9 +142,23 @@ def analyse(text: str) -> ProgramCost:
                 found[0] += times
                 found[1] += times * shape_bytes(i.shape)
 
-    walk(entry, 1, False)
+    walk(entry, 1, False, False)
     listed = {kind: Uncosted(*counts) for kind, counts in sorted(uncosted.items())}
-    return ProgramCost(costs, listed, list(traffic.values()), kernels, flops)
+    found = [collective._replace(overlapped=key in overlapped) for key, collective in traffic.items()]
+    return ProgramCost(costs, listed, found, kernels, flops)
+
+
+def _computes_meanwhile(computation: list[Instruction], start: int) -> bool:
+    """Tells whether instructions with an estimate stand between a "-start" and its "-done"."""
+    if not computation[start].opcode.endswith("-start"):
+        return False
+    done = computation[start].opcode.removesuffix("start") + "done"
+    for i in computation[start + 1 :]:
+        if i.opcode == done and computation[start].name in _names(i.operands):
+            return False
+        if _cycles(i.attributes):
+            return True
+    return False
 
 
 def parse(text: str) -> tuple[str, dict[str, list[Instruction]]]:

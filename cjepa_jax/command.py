@@ -16,7 +16,7 @@ from ml_collections import ConfigDict, config_dict, config_flags
 
 from cjepa_jax import settings, signals
 from cjepa_jax.data import waiting
-from cjepa_jax.errors import StorageError, UserError, nearest, one_line, require
+from cjepa_jax.errors import StorageError, UserError, nearest, one_line, out_of_memory, require
 
 _CONFIG = flags.DEFINE_string("config", None, "The experiment: a file, or the name of a shipped config.")
 _OVERRIDE = re.compile(r"--?(no)?config\.([\w.]+)(=.*)?", re.DOTALL)
@@ -199,6 +199,15 @@ def run(body: Callable[[], None], doc: str) -> None:
             sys.exit(2)
         except StorageError as error:
             sys.exit(f"error: {error}")
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            print(
+                f"error: out of memory ({one_line(error)[:200]}); a smaller --config.data.batch_size helps, or a "
+                "machine with more",
+                file=sys.stderr,
+            )
+            sys.exit(2)
 
 
 def _help_is_wanted() -> bool:

@@ -5,7 +5,7 @@ known.
 """
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 from cjepa_jax.errors import require
 from cjepa_jax.settings import group, required, setting
@@ -83,7 +83,11 @@ class Model:
     """The encoder, a plain pre-norm ViT without class token."""
 
     size: str = setting("B", "Ti, S, B, L, H, g, or WIDTHxDEPTHxHEADS[xMLP_RATIO], such as 64x3x4.")
-    patch_size: int = setting(16, "Pixels a side of a patch.", within="[1, 1024]")
+    patch_size: int = setting(
+        16,
+        "Pixels a side of a patch; 0: the largest of 16, 8, 4 and 2 that divides the image into 8x8 patches or more.",
+        within="[0, 1024]",
+    )
     init: Literal["normal", "fan_in"] = setting(
         "normal", "Standard deviation of the kernels: 0.02, or 0.02 * sqrt(768 / fan_in), better at small widths."
     )
@@ -101,6 +105,8 @@ class Model:
         "none", "What the backward pass computes anew to save memory: nothing, all but Dense outputs, or everything."
     )
 
+    patch_follows_image: ClassVar[bool] = True  # what patch_size = 0 means
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optim:
@@ -111,6 +117,12 @@ class Optim:
     learning_rate_start: float = setting(1e-4, "At the first step.", within="[0, 1e30]")
     learning_rate: float = setting(1e-3, "At the end of the warm-up.", within="[0, 1e30]")
     learning_rate_end: float = setting(1e-6, "At the last step.", within="[0, 1e30]")
+    rates_for_batch: int = setting(
+        0,
+        "Images of the batch that the learning rates are meant for: they are multiplied by the square root of "
+        "data.batch_size over this. 0: they are taken as they are.",
+        within="[0, 1048576]",
+    )
     weight_decay_start: float = setting(
         0.04, "Decay at the first step; it is multiplied by the learning rate.", within="[0, 1000]"
     )
@@ -121,8 +133,8 @@ class Optim:
     microbatches: int = setting(
         1,
         "Parts in which a batch goes through the networks, one after another, to save memory. The loss still sees the "
-        "whole batch, so the gradient is the same.",
-        within="[1, 1e6]",
+        "whole batch, so the gradient is the same. 0: the fewest with which the compiled step fits into memory.",
+        within="[0, 1e6]",
     )
     schedule_offset: int = setting(
         1,
@@ -237,6 +249,22 @@ class Config:
             "mesh.parameters = 'fsdp' wants model.remat = 'dots' or 'full': else the backward pass would keep every "
             "layer's gathered parameters",
         )
+        if self.model.patch_follows_image and self.model.patch_size == 0:
+            side = self.data.image_size
+            fitting = [patch for patch in (16, 8, 4, 2) if side % patch == 0 and side >= 8 * patch]
+            require(
+                bool(fitting),
+                f"model.patch_size = 0: none of 16, 8, 4 and 2 divides data.image_size = {side} into 8x8 patches or "
+                "more; give an image size that is a multiple of 16, or the size of a patch",
+            )
+            # The only setting that follows from another group; from here on it is like one that was given.
+            object.__setattr__(self, "model", dataclasses.replace(self.model, patch_size=fitting[0]))
+
+    @property
+    def rate_scale(self) -> float:
+        """Gives the factor on the learning rates that the size of the batch asks for."""
+        meant = self.optim.rates_for_batch
+        return (self.data.batch_size / meant) ** 0.5 if meant else 1.0
 
     @property
     def grid(self) -> int:

@@ -23,6 +23,11 @@ def one_line(message: object) -> str:
     return " ".join(str(message).split())
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Tells whether an error means that memory ran out, of a device or of the machine."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
 def nearest(name: str, known: typing.Iterable[str]) -> str:
     """A closing phrase for an error about an unknown name: the nearest known one, else all of them."""
     known = sorted(known)

@@ -52,13 +52,13 @@ class Pretrained(NamedTuple):
     epoch: int = 0  # of an imported checkpoint, which does not know its step
 
 
-def load(path: epath.Path, names: Sequence[str]) -> Pretrained:
+def load(path: epath.Path, names: Sequence[str], *, flag: str = "--checkpoint") -> Pretrained:
     """Loads networks (keys of NETWORKS) of a workdir's newest checkpoint, or of the one at WORKDIR/checkpoints/STEP.
 
     Nothing else is read, and no device is touched. Raises UserError for a path that is no checkpoint, one that cannot
-    be read, and a network that it lacks.
+    be read, and a network that it lacks; `flag` is what the user gave the path by.
     """
-    workdir, state = _find(path)
+    workdir, state = _find(epath.Path(path), flag)
     file = workdir / "config.json"
     config = _read_config(file)
     networks = outline(config, f"{file} is damaged")
@@ -96,6 +96,7 @@ def outline(config: Mapping[str, Any], what: str) -> Pretrained:
         data = parse_flat({"data.source": "folder"} | images, Data, "data.")
         model = parse_flat(config, Model, "model.")
         predictor = parse_flat(config, PredictorConfig, "predictor.") if "predictor.width" in config else None
+        require(model.patch_size > 0, "model.patch_size must be in [1, 1024], got 0")
         grid = data.image_size // model.patch_size
         require(grid > 0, f"model.patch_size = {model.patch_size} is more than data.image_size = {data.image_size}")
         build_encoder(model, grid=grid)
@@ -106,9 +107,9 @@ def outline(config: Mapping[str, Any], what: str) -> Pretrained:
     return Pretrained(model, predictor, data.image_size, data.mean, data.std, 0, {})
 
 
-def available(path: epath.Path) -> tuple[str, ...]:
+def available(path: epath.Path, *, flag: str = "--checkpoint") -> tuple[str, ...]:
     """Lists the networks that `load` can give and that have parameters. Raises UserError as `load` does."""
-    _, state = _find(path)
+    _, state = _find(epath.Path(path), flag)
     with _reading(state):
         tree = _metadata(state)
     places = {name: _place(tree, name) for name in NETWORKS}
@@ -176,20 +177,22 @@ def mismatches(found: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence
 
 def describe(path: epath.Path) -> tuple[epath.Path, dict[str, Any]]:
     """The workdir of what `load` loads, and all of its flat config.json. Raises UserError."""
-    workdir, _ = _find(path)
+    workdir, _ = _find(epath.Path(path), "--checkpoint")
     return workdir, _read_config(workdir / "config.json")
 
 
-def _find(path: epath.Path) -> tuple[epath.Path, epath.Path]:
+def _find(path: epath.Path, flag: str) -> tuple[epath.Path, epath.Path]:
     """Of a workdir, or one checkpoint of it: the workdir, and the folder of the state. Raises UserError."""
-    require(path.is_dir(), f"--checkpoint {path} does not exist; wanted: a workdir, or WORKDIR/checkpoints/STEP")
+    wanted = "wanted: a workdir, or WORKDIR/checkpoints/STEP"
+    require(path.exists(), f"{flag} {path} does not exist; {wanted}")
+    require(path.is_dir(), f"{flag} {path} is no folder; {wanted}")
     path = absolute(path)
     if (path / "state").is_dir():
         return path.parent.parent, path / "state"
     folder = path / "checkpoints"
     names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
     steps = [int(name) for name in names if re.fullmatch("[0-9]{1,18}", name)]
-    require(bool(steps), f"--checkpoint {path} holds no checkpoint; wanted: a workdir, or WORKDIR/checkpoints/STEP")
+    require(bool(steps), f"{flag} {path} holds no checkpoint; {wanted}")
     return path, folder / str(max(steps)) / "state"
 
 

@@ -1,12 +1,14 @@
-"""C-JEPA, ViT-S/16 at 224 pixels, on a folder of your own images: the config to start from.
+"""C-JEPA, ViT-S, on a folder of your own images: the config to start from.
 
     python -m cjepa_jax.main --config=configs/folder.py --config.data.data_dir=FOLDER
 
 Labels are not needed. Where the images lie in one folder a class, --config.eval.every=2000 judges the features on
 the held-out twentieth every 2000 steps. Where the images are large, `python -m cjepa_jax.data.prepare` stores them
 smaller once, which makes reading several times faster.
-Hardware: one GPU; not yet run there. Fewer images than 50,000 want more epochs, small images a smaller
-data.image_size and model.patch_size (64 and 8, say).
+
+Small images: --config.data.image_size=96, 64 or 32. Patches, context and rates follow. Fewer images than 50,000 want
+more epochs. Hardware: one GPU, or a laptop with patience, for which --config.model.size=Ti is quicker; the batch is
+seen in as many parts as memory asks for. Not yet run on a GPU.
 """
 
 from ml_collections import ConfigDict
@@ -17,15 +19,10 @@ def get_config() -> ConfigDict:
         dict(
             method="cjepa",
             data=dict(source="folder", train_split="train[:95%]", test_split="train[95%:]", batch_size=256),
-            model=dict(size="S", patch_size=16),
-            mask=dict(recipe="corrected", context_tokens=64, keep="random"),
-            optim=dict(
-                epochs=100.0,
-                warmup_epochs=10.0,
-                # The paper's 1e-3 at 2048 images, by the square root of the batch.
-                learning_rate_start=3e-5,
-                learning_rate=3.5e-4,
-            ),
+            model=dict(size="S", patch_size=0),  # 16 at 224 pixels, 8 at 96 and 64, 4 at 32
+            mask=dict(recipe="corrected", context_tokens=0, keep="random"),
+            # The paper's rates, 1e-4 to 1e-3 at 2048 images, by the square root of the batch.
+            optim=dict(epochs=100.0, warmup_epochs=10.0, rates_for_batch=2048, microbatches=0),
             checkpoint=dict(keep_every=50_000),
         )
     )

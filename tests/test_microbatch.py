@@ -192,5 +192,5 @@ def test_parts_that_the_devices_cannot_share(make_config):
     says = r"optim\.microbatches = 8: data\.batch_size = 32 is not divisible by so many parts on 8 devices"
     with pytest.raises(UserError, match=says):
         build(CJEPA(config), 10, sharding.make_mesh(config.mesh))
-    with pytest.raises(UserError, match=r"optim\.microbatches must be in \[1, 1e6\], got 0"):
-        make_config(optim__microbatches=0)
+    with pytest.raises(UserError, match=r"optim\.microbatches must be in \[0, 1e6\], got -1"):
+        make_config(optim__microbatches=-1)

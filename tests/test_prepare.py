@@ -470,7 +470,8 @@ def test_an_interrupt_says_how_to_go_on(tmp_path, source, monkeypatch, capsys):
     ended = []
     monkeypatch.setattr(signals, "end", ended.append)
     command(monkeypatch, f"--input={source}", f"--output={tmp_path / 'out'}")
-    assert capsys.readouterr().err == "interrupted; the same command goes on from here\n" and ended == [2]
+    says = "interrupted; complete shards of 4096 images stay, and the same command goes on after them\n"
+    assert capsys.readouterr().err == says and ended == [2]
 
 
 def test_a_name_that_tfds_would_change_is_refused(tmp_path, source):

@@ -249,7 +249,7 @@ def test_names_that_are_no_text_are_read(make_data, tmp_path):
         (lambda root: "", r"data\.data_dir is empty"),
         (lambda root: root / "missing", "missing does not exist"),
         (lambda root: root, r"holds no images \(\.jpg"),
-        (lambda root: root / "file", "does not exist"),
+        (lambda root: root / "file", "is no folder of images, but a file"),
     ],
 )
 def test_a_folder_that_will_not_do_is_named(make_data, tmp_path, make, says):

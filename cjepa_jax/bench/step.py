@@ -64,7 +64,7 @@ def measure(config: Config, *, rounds: int, against_torch: bool) -> str:
 
         assert isinstance(method, CJEPA)
         masks = jax.device_get(method.prepare(batch, jax.random.fold_in(root, 0)).masks)
-        rate = float(optimizer.learning_rate(config.optim, _STEPS)(0))
+        rate = float(optimizer.learning_rate(config.optim, _STEPS, config.rate_scale)(0))
         ways["PyTorch"] = TorchStep(method, jax.device_get(state.params), images, masks, learning_rate=rate)
 
     start = time.perf_counter()

@@ -26,8 +26,8 @@ class ImageFile:
 class Folder:
     """Lists all image files of a folder by split.
 
-    Where the folder holds folders named as in `SPLITS`, these are the splits;
-    otherwise the whole folder is the split "train". The classes of a split are the
+    Where the folder holds folders named as in `SPLITS`, in small letters or not, these
+    are the splits; otherwise the whole folder is the split "train". The classes of a split are the
     first folders that not all of its images share. Where an image lies beside such
     folders, the split has no labels.
     """
@@ -52,24 +52,49 @@ def scan(root: str) -> Folder:
     Raises UserError where there is no such folder or no image in it.
     """
     root = os.path.expanduser(root)
-    require(os.path.isdir(root), f"the folder of images {root} does not exist")
-    names = [name for name in SPLITS if os.path.isdir(os.path.join(root, name))]
-    found = {name: list(_walk(root, name)) for name in names} or {"train": list(_walk(root, ""))}
+    require(os.path.exists(root), f"the folder of images {root} does not exist")
+    require(os.path.isdir(root), f"{root} is no folder of images, but a file")
+    names = _split_folders(root)
+    found = {name: list(_walk(root, place)) for name, place in names.items()} or {"train": list(_walk(root, ""))}
     found = {name: files for name, files in found.items() if files}
     require(bool(found), f"the folder {root} holds no images ({', '.join(SUFFIXES)})")
-    class_of = {split: _classes([path for path, _ in files]) for split, files in found.items()}
+    class_of = {}
+    for split, files in found.items():
+        class_of[split] = _classes([path for path, _ in files])
+        stray = [path for path, _ in files if "/" not in path]
+        if not class_of[split] and 0 < len(stray) < len(files):
+            place = os.path.join(root, names.get(split, ""))
+            _say(
+                f"{place}: the images have no labels, because {len(stray)} of them, such as {stray[0]}, lie beside the "
+                "folders of the others"
+            )
     classes = sorted({name for names in class_of.values() for name in names.values()})
     index = {name: i for i, name in enumerate(classes)}
     splits = {}
     for split, files in found.items():
         class_here = class_of[split]
-        prefix = f"{split}/" if names else ""
+        prefix = f"{names[split]}/" if names else ""
         listed = [
             ImageFile(prefix + path, size, index[class_here[path]] if class_here else None) for path, size in files
         ]
         # The order is not that of the disk, because a slice such as train[:95%] is to be a random sample.
         splits[split] = sorted(listed, key=lambda file: (hashlib.sha256(os.fsencode(file.path)).digest(), file.path))
     return Folder(root, splits, tuple(classes))
+
+
+def _split_folders(root: str) -> dict[str, str]:
+    """Finds the folders that are splits: the name of the split, and that of its folder, which may have capitals."""
+    try:
+        there = sorted(name for name in os.listdir(root) if name.lower() in SPLITS)
+    except OSError as error:
+        raise UserError(f"the folder {root} cannot be listed: {error.strerror}") from None
+    found: dict[str, str] = {}
+    for name in there:
+        if os.path.isdir(os.path.join(root, name)):
+            split = name.lower()
+            require(split not in found, f"the folder {root} holds both {found.get(split)} and {name}: rename one")
+            found[split] = name
+    return {split: found[split] for split in SPLITS if split in found}
 
 
 def _walk(root: str, below: str) -> Iterator[tuple[str, int]]:

@@ -75,8 +75,8 @@ class Reader:
             share = len(self.unreadable) / max(self._tried, min(1000, len(self.source)))
         require(
             share <= limit,
-            f"{share:.1%} of the images tried cannot be read, more than data.max_bad_fraction = {limit}; "
-            f"the last one: {name} ({reason})",
+            f"{len(self.unreadable)} of the {self._tried} images tried cannot be read, more than "
+            f"data.max_bad_fraction = {limit} allows; the last one: {name} ({reason})",
         )
 
 

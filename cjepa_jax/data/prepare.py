@@ -45,6 +45,9 @@ from cjepa_jax.errors import UserError, one_line, require
 from cjepa_jax.files import TEMPORARY, write_whole
 
 IMAGES_PER_SHARD = 4096
+_INTERRUPTED = (
+    f"interrupted; complete shards of {IMAGES_PER_SHARD} images stay, and the same command goes on after them"
+)
 
 _STATE = "prepare.json"  # in DIR: the settings, and what is known of each finished shard
 
@@ -311,7 +314,7 @@ def main() -> None:
         for flag in (source, output):
             require(flag.value is not None, f"--{flag.name} is missing; --help explains the command")
         try:
-            with signals.cleaned_up("interrupted; the same command goes on from here"):
+            with signals.cleaned_up(_INTERRUPTED):
                 prepare(
                     str(source.value),
                     str(output.value),

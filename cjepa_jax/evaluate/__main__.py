@@ -52,7 +52,7 @@ def _run() -> None:
     from cjepa_jax import pretrained  # after the flags: importing jax takes seconds
     from cjepa_jax.evaluate import report
     from cjepa_jax.evaluate.config import Evaluation, resolve
-    from cjepa_jax.evaluate.frozen import from_checkpoint
+    from cjepa_jax.evaluate.frozen import from_checkpoint, warn_of_same_images
     from cjepa_jax.files import check_writable
     from cjepa_jax.settings import flatten
 
@@ -97,6 +97,8 @@ def _run() -> None:
         report.check(files[one], descriptions[one])
         if known[one].needs_labels and one != "accuracy":
             frozen.check_labels()
+            if one == next(name for name in wanted if known[name].needs_labels):
+                warn_of_same_images(frozen.data, frozen.train.source, frozen.test.source)
         known[one].check(frozen)
     for one in wanted:
         start = time.perf_counter()

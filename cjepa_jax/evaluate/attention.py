@@ -61,7 +61,7 @@ class Attention(Evaluator):
         assert frozen.origin, "attention looks at checkpoints"
         encoders = _encoders(frozen, frozen.origin.workdir / "checkpoints" / str(frozen.origin.networks.step))
         if self.other:
-            encoders += _encoders(frozen, epath.Path(self.other))
+            encoders += _encoders(frozen, epath.Path(self.other), flag="--config.attention.other")
         if UNTRAINED in frozen.params:
             encoders.append(encoders[0]._replace(name=UNTRAINED, params=frozen.params[UNTRAINED]))
         grid = encoders[0].encoder.grid
@@ -93,9 +93,9 @@ def _look(shown: Shown, params: PyTree, images: UInt8[Array, "B H W C"]) -> tupl
     return last_layer(shown.encoder, params, patches)
 
 
-def _encoders(frozen: Frozen, checkpoint: epath.Path) -> list[Shown]:
+def _encoders(frozen: Frozen, checkpoint: epath.Path, *, flag: str = "--checkpoint") -> list[Shown]:
     """Loads both encoders of a checkpoint for the images at hand; one, where it has but one."""
-    names = [name for name in pretrained.ENCODERS if name in pretrained.available(checkpoint)]
+    names = [name for name in pretrained.ENCODERS if name in pretrained.available(checkpoint, flag=flag)]
     networks = pretrained.load(checkpoint, names)
     channels = len(networks.mean)
     require(

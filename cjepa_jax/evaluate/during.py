@@ -14,7 +14,16 @@ from cjepa_jax.evaluate import report
 from cjepa_jax.evaluate.base import Rows
 from cjepa_jax.evaluate.config import Evaluation
 from cjepa_jax.evaluate.features import Extractor, Params, mean_features, pixels
-from cjepa_jax.evaluate.frozen import AVERAGE, PARAMETERS, PIXELS, TRAINED, UNTRAINED, Frozen, check_labels
+from cjepa_jax.evaluate.frozen import (
+    AVERAGE,
+    PARAMETERS,
+    PIXELS,
+    TRAINED,
+    UNTRAINED,
+    Frozen,
+    check_labels,
+    warn_of_same_images,
+)
 from cjepa_jax.evaluate.knn import Knn
 from cjepa_jax.evaluate.logistic import Logistic
 from cjepa_jax.settings import flatten
@@ -43,6 +52,7 @@ class DuringTraining:
         self._config, self._mesh, self._readers = config, mesh, {"train": train, "test": test}
         if any(one.needs_labels for one in self._evaluators):
             check_labels(config.data, train.source, test.source)
+        warn_of_same_images(config.data, train.source, test.source)
         layers = max((one.deepest for one in self._evaluators), default=1)
         apply = mean_features(config.model, config.data, trained_size=config.data.image_size, layers=layers)
         encoders = dict.fromkeys((TRAINED, UNTRAINED, PARAMETERS, AVERAGE), apply) | {PIXELS: pixels}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -125,10 +126,22 @@ def check_labels(data: Data, train: sources.Source, test: sources.Source) -> Non
             "and eval.every=0 switches evaluation during training off",
         )
     require(
+        len(train.classes) > 1,
+        f"data.train_split = {data.train_split!r} has one class only, {train.classes[0]!r}: nothing can be told apart",
+    )
+    require(
         train.classes[: len(test.classes)] == test.classes,
         f"data.test_split = {data.test_split!r} has other classes than data.train_split; "
         "give splits with the same ones",
     )
+
+
+def warn_of_same_images(data: Data, train: sources.Source, test: sources.Source) -> None:
+    """Says where both splits are the same images, so that nothing is held out."""
+    same = data.train_split == data.test_split or train.fingerprint == test.fingerprint
+    if same and jax.process_index() == 0:
+        text = f"warning: data.test_split = {data.test_split!r} are the images of data.train_split: "
+        print(f"{text}the accuracies are not those of held-out images", file=sys.stderr, flush=True)
 
 
 def from_checkpoint(

@@ -20,7 +20,7 @@ from cjepa_jax.errors import require
 from cjepa_jax.methods import losses, sigreg
 from cjepa_jax.methods.base import Method, Metrics, Outputs, Panels, Params, Transformer, keep
 from cjepa_jax.methods.sigreg import Sigreg
-from cjepa_jax.models.masking import Mask, Masks, sample_masks, target_tokens
+from cjepa_jax.models.masking import Mask, Masks, context_tokens, sample_masks, target_tokens
 from cjepa_jax.models.predictor import Predictor, PredictorConfig, build_predictor
 from cjepa_jax.models.projector import Projector
 from cjepa_jax.models.vit import Encoder, build_encoder, normalise, parse_size, patchify, take
@@ -201,16 +201,16 @@ class CJEPA(Method):
         config, size = self.config, parse_size(self.config.model.size)
         mask, predictor, patches = config.mask, config.predictor, config.grid**2
         values = config.model.patch_size**2 * config.data.channels
-        hidden = target_tokens(mask, config.grid)
-        ends = 2 * size.width * predictor.width * (mask.context_tokens + mask.targets * hidden)
+        hidden, kept = target_tokens(mask, config.grid), context_tokens(mask, config.grid)
+        ends = 2 * size.width * predictor.width * (kept + mask.targets * hidden)
         encoder = (size.width, size.depth, size.heads, size.mlp_ratio)
         embedding = 2 * values * size.width  # FLOPs per token
         return {
-            "context": Transformer(1, mask.context_tokens, *encoder, True, True, embedding * mask.context_tokens),
+            "context": Transformer(1, kept, *encoder, True, True, embedding * kept),
             "target": Transformer(1, patches, *encoder, False, False, embedding * patches),
             "predictor": Transformer(
                 mask.targets,
-                mask.context_tokens + hidden,
+                kept + hidden,
                 predictor.width,
                 predictor.depth,
                 size.heads,

@@ -41,6 +41,8 @@ class TunedModel(Model):
         within="[0, 1)",
     )
 
+    patch_follows_image: ClassVar[bool] = False
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Augment:

@@ -1,11 +1,12 @@
 """Multi-block masks, sampled on the device with static lengths.
 
 Shapes: B images, M target blocks, N = grid * grid patches in raster order,
-K_c context tokens (`mask.context_tokens`), K_t target tokens (the largest
+K_c context tokens (`context_tokens`), K_t target tokens (the largest
 block that the settings can give).
 """
 
 import dataclasses
+import functools
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
@@ -35,12 +36,16 @@ class Mask:
         (0.85, 1.0), "Share of the patches in the square context block.", within="(0, 1]"
     )
     min_keep: int = setting(10, "The fewest context patches that an image may be left with.", within="[1, 65536]")
-    context_tokens: int = setting(56, "Static length of the context.", within="[1, 65536]")
+    context_tokens: int = setting(
+        56,
+        "Static length of the context; 0: what an image is left with on average, rounded up to a multiple of 8.",
+        within="[0, 65536]",
+    )
     keep: Literal["random", "raster"] = setting("raster", "Which context tokens stay when there are more.")
 
     def __post_init__(self):
         require(
-            self.context_tokens >= self.min_keep,
+            self.context_tokens == 0 or self.context_tokens >= self.min_keep,
             f"mask.context_tokens must be at least mask.min_keep = {self.min_keep}, got {self.context_tokens}",
         )
 
@@ -86,7 +91,7 @@ def sample_masks(rng: jax.Array, mask: Mask, *, grid: int, batch: int) -> Masks:
         rank = jax.random.uniform(rng_keep, context.shape)
     else:  # raster: the first ones stay, so it is the bottom of the image that is lost
         rank = jnp.broadcast_to(1.0 - jnp.arange(patches) / patches, context.shape)
-    score, context_idx = jax.lax.top_k(jnp.where(context, rank, -1.0), mask.context_tokens)
+    score, context_idx = jax.lax.top_k(jnp.where(context, rank, -1.0), context_tokens(mask, grid))
     context_valid = score >= 0
     return Masks(jnp.where(context_valid, context_idx, 0), context_valid, target_idx, target_valid)
 
@@ -109,12 +114,49 @@ def target_tokens(mask: Mask, grid: int) -> int:
         f"mask.target_scale = {mask.target_scale} gives empty blocks on {grid}x{grid} patches: raise its start",
     )
     side, _ = _rectangle(mask, grid, np.array(mask.context_scale), np.ones(2), np)
+    # Of the length that follows from the blocks, only min_keep can be too large.
+    require(
+        mask.context_tokens > 0 or mask.min_keep <= side[1] ** 2,
+        f"mask.min_keep = {mask.min_keep} is more than the largest context block on {grid}x{grid} patches holds: "
+        f"{side[1] ** 2}",
+    )
     require(
         mask.context_tokens <= side[1] ** 2,
         f"mask.context_tokens = {mask.context_tokens} is more than the largest context block on {grid}x{grid} "
         f"patches holds: {side[1] ** 2}",
     )
     return int((height * width).max())
+
+
+@functools.lru_cache
+def context_tokens(mask: Mask, grid: int) -> int:
+    """Gives K_c, the static length of the context on grid x grid patches.
+
+    Where the settings leave it open, it is the mean number of context patches that the recipe leaves of an image,
+    rounded up to a multiple of 8: shorter contexts have little padding, and of longer ones some patches are dropped.
+    """
+    if mask.context_tokens:
+        return mask.context_tokens
+    r = (np.arange(64) + 0.5) / 64
+    # The released code draws one number for scale and aspect ratio of all target blocks of an image.
+    released = mask.recipe == "released"
+    scale, aspect = (r, r) if released else (x.reshape(-1) for x in np.meshgrid(r, r))
+    inside = _coverage(mask, grid, _between(mask.target_scale, scale), _between(mask.target_aspect, aspect))
+    outside = ((1 - inside) ** mask.targets).mean(axis=0) if released else (1 - inside.mean(axis=0)) ** mask.targets
+    context = _coverage(mask, grid, _between(mask.context_scale, r), np.ones(len(r))).mean(axis=0)
+    mean = int(np.ceil((context * outside).sum() / 8)) * 8
+    longest, _ = _rectangle(mask, grid, np.array(mask.context_scale), np.ones(2), np)
+    return max(mask.min_keep, min(mean, int(longest[1]) ** 2))
+
+
+def _coverage(mask: Mask, grid: int, scale: np.ndarray, aspect: np.ndarray) -> np.ndarray:
+    """Gives the probability that each patch lies in a block of given scale and aspect ratio [n]: [n, grid, grid]."""
+    patch, share = np.arange(grid), []
+    for side in _rectangle(mask, grid, scale, aspect, np):
+        corners = (grid - side + (0 if mask.recipe == "released" else 1))[:, None]
+        # Of the corners 0 ... corners - 1, how many let the side reach over the patch.
+        share.append((np.minimum(patch, corners - 1) - np.maximum(patch - side[:, None], -1)).clip(0) / corners)
+    return share[0][:, :, None] * share[1][:, None, :]
 
 
 def _between(interval: tuple[float, float], r: Any) -> Any:

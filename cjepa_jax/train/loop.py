@@ -15,7 +15,7 @@ from cjepa_jax.errors import UserError
 from cjepa_jax.evaluate import report
 from cjepa_jax.methods.base import Method, Metrics
 from cjepa_jax.tpu import chips, flops
-from cjepa_jax.train import checkpoint, distributed, lock, sharding, writer
+from cjepa_jax.train import checkpoint, distributed, lock, memory, sharding, writer
 from cjepa_jax.train.alarm import Alarm
 from cjepa_jax.train.diagnostics import diagnose
 from cjepa_jax.train.feed import Feed
@@ -48,7 +48,7 @@ def train(
     """
     run = set_up(config, workdir, init, source)
     distributed.meet("workdir checked")  # before the first of them makes it
-    with lock.Lock(workdir) as held:
+    with lock.Lock(workdir) as held, memory.explained(run.config):
         return _train(run, workdir, held, profile)
 
 
@@ -57,6 +57,7 @@ def _train(run: Training, workdir: epath.Path, held: lock.Lock, profile: tuple[i
     if run.config.model.dtype == "float32":  # TPUs and GPUs would round the operands of exact products
         jax.config.update("jax_default_matmul_precision", "highest")
     config, program, steps, reader = run.config, run.program, run.steps, run.reader
+    compiled = memory.compile_step(program, steps)
     root = jax.jit(lambda: tuple(jax.random.split(jax.random.key(config.seed))), out_shardings=program.whole)
     rng_init, rng_step = root()
 
@@ -117,7 +118,7 @@ def _train(run: Training, workdir: epath.Path, held: lock.Lock, profile: tuple[i
                 except waiting.StalledError as error:
                     stalled = error
                     break
-                state, step_metrics, observed = program.step(state, batch, rng_step)
+                state, step_metrics, observed = compiled(state, batch, rng_step)
                 stop.listen()  # until the first step is compiled, there is nothing to save
                 distributed.wait_for(running)  # one step ahead is enough; without end, images would pile up there
                 asked = consensus.result()

@@ -12,9 +12,10 @@ def forward(method: Method, microbatches: int) -> Callable[[Params, Params, Inpu
     """Gives `method.forward`, run on one part of the batch after another.
 
     The outputs and their gradients are those of the whole batch, up to rounding. Only the outputs of a part and what
-    the method marks by `keep` stay in memory; the backward pass computes the rest of each part anew.
+    the method marks by `keep` stay in memory; the backward pass computes the rest of each part anew. Where their number
+    is still to be chosen, and so 0, the batch is whole.
     """
-    if microbatches == 1:
+    if microbatches <= 1:
         return method.forward
 
     def split(x: Array) -> Array:

@@ -9,14 +9,17 @@ from cjepa_jax.config import Ema, Optim
 from cjepa_jax.methods.base import Method, Params
 
 
-def learning_rate(optim: Optim, steps: int) -> optax.Schedule:
-    """Rises linearly from start to peak in the warm-up, then falls on a cosine to the end value at `steps`."""
+def learning_rate(optim: Optim, steps: int, scale: float = 1.0) -> optax.Schedule:
+    """Rises linearly from start to peak in the warm-up, then falls on a cosine to the end value at `steps`.
+
+    scale: a factor on all three, `Config.rate_scale`.
+    """
     schedule = optax.warmup_cosine_decay_schedule(
-        init_value=optim.learning_rate_start,
-        peak_value=optim.learning_rate,
+        init_value=scale * optim.learning_rate_start,
+        peak_value=scale * optim.learning_rate,
         warmup_steps=min(round(steps * optim.warmup_epochs / optim.epochs), steps - 1),
         decay_steps=steps,
-        end_value=optim.learning_rate_end,
+        end_value=scale * optim.learning_rate_end,
     )
     return lambda step: schedule(step + optim.schedule_offset)
 
@@ -44,7 +47,7 @@ def build(method: Method, steps: int, params: Params) -> optax.GradientTransform
     """
     optim, scale = method.config.optim, method.update_scale(params)
     adamw = optax.adamw(
-        learning_rate(optim, steps),
+        learning_rate(optim, steps, method.config.rate_scale),
         b1=optim.beta1,
         b2=optim.beta2,
         eps=optim.eps,

@@ -57,7 +57,7 @@ def set_up(
     if kind.needs_labels:
         _check_labels(data, source, sources.load(data, data.test_split))
     names = kind.networks_of_init(config)
-    loaded = pretrained.load(init, names) if init else None
+    loaded = pretrained.load(init, names, flag="--init") if init else None
     config = kind.resolve(config, str(init), loaded)
     steps = _count_steps(config, images=len(source))
     method = kind(config, classes=len(source.classes))
@@ -66,13 +66,15 @@ def set_up(
         start = {"classes": list(source.classes)}
         start |= {"init.step": loaded.step, "init.digest": _digest(loaded.params)} if loaded else {}
     config, notes = checkpoint.check_workdir(workdir, config, start)
-    for note in notes:
-        print(note, file=sys.stderr, flush=True)
+    notes += _doubts(config, source)
+    if jax.process_index() == 0:
+        for note in notes:
+            print(note, file=sys.stderr, flush=True)
     method = dataclasses.replace(method, config=config)
     reader = pipeline.Reader(source, data)
     mesh = sharding.make_mesh(config.mesh)
     program = step.build(method, steps, mesh)
-    evaluation = DuringTraining(config, reader, mesh) if config.eval.every and source.classes else None
+    evaluation = DuringTraining(config, reader, mesh) if config.eval.every and len(source.classes) > 1 else None
     networks = loaded.params if loaded else {}
     if networks:
         params, averages = method.start_from(networks)
@@ -92,6 +94,20 @@ def set_up(
         },
         networks=networks,
     )
+
+
+def _doubts(config: Config, source: sources.Source) -> list[str]:
+    """Says what makes the results of a run mean less than they seem to."""
+    notes, batch = [], config.data.batch_size
+    if len(source) < batch:
+        notes.append(
+            f"warning: a batch of {batch} images holds each of the {len(source)} training images more than once, which "
+            f"statistics over the batch are not made for; lower data.batch_size"
+        )
+    if config.eval.every and len(source.classes) < 2:
+        what = f"are all of one class, {source.classes[0]!r}" if source.classes else "have no labels"
+        notes.append(f"warning: eval.every = {config.eval.every} evaluates nothing, because the training images {what}")
+    return notes
 
 
 def _count_steps(config: Config, *, images: int) -> int:

@@ -42,7 +42,7 @@ def check_batch(batch_size: int, microbatches: int, mesh: Mesh) -> None:
     """Raises UserError where the devices cannot share the batch, or a microbatch of it, evenly."""
     require(batch_size % mesh.size == 0, f"data.batch_size = {batch_size} is not divisible by the {mesh.size} devices")
     require(
-        batch_size % (microbatches * mesh.size) == 0,
+        batch_size % (max(1, microbatches) * mesh.size) == 0,
         f"optim.microbatches = {microbatches}: data.batch_size = {batch_size} is not divisible by so many parts on "
         f"{mesh.size} devices",
     )

@@ -79,7 +79,7 @@ def train_step(
         current = {name: params[of] for name, of in method.averaged.items()}
         averages = optax.incremental_update(current, state.averages, step_size)
         metrics |= {
-            "lr": optimizer.learning_rate(config.optim, steps)(state.step),
+            "lr": optimizer.learning_rate(config.optim, steps, config.rate_scale)(state.step),
             "weight_decay": optimizer.weight_decay(config.optim, steps)(state.step),
             "ema_momentum": 1 - step_size,
             "grad_norm": optax.tree.norm(grads),

@@ -53,7 +53,7 @@ COMMANDS = ["main", "finetune", "evaluate", "convert", "compile", "data.prepare"
 @pytest.mark.parametrize("name", COMMANDS)
 def test_imports_end_at_once_and_without_a_word(name):
     pause = "import time, cjepa_jax\nclass Pause:\n def find_spec(name, *_):\n"
-    pause += "  if name == 'jax': print('now', file=sys.stderr, flush=True); time.sleep(60)\n"
+    pause += "  if name == 'absl': print('now', file=sys.stderr, flush=True); time.sleep(60)\n"
     process = start(f"cjepa_jax.{name}", first=pause + "sys.meta_path.insert(0, Pause)")
     until_said(process, "now")
     assert end(process, signal.SIGINT) == (-signal.SIGINT, "")

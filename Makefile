@@ -22,7 +22,7 @@ test: .venv/installed-test
 	.venv/bin/python -m pytest -m "not slow" -n 2 --dist loadfile --durations=15
 
 soak: .venv/installed-test
-	.venv/bin/python -m pytest -s -m slow -n 0 tests/test_soak.py
+	.venv/bin/python -m pytest -s -m slow -n 0 tests/test_soak.py tests/test_faults.py
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from absl import flags, logging
 from ml_collections import ConfigDict, config_dict, config_flags
 
-from cjepa_jax import settings, signals
+from cjepa_jax import settings
 from cjepa_jax.data import waiting
 from cjepa_jax.errors import StorageError, UserError, nearest, one_line, out_of_memory, require
 
@@ -149,7 +149,6 @@ class TrainingFlags:
         from cjepa_jax.train import distributed  # after the flags: importing jax takes seconds
 
         distributed.start(self._coordinator.value, self._processes.value, self._process.value, self._timeout.value)
-        signals.end_at_once()  # JAX waits for SIGTERM itself when several processes are connected
         workdir = self._workdir.value
         if workdir is None:
             workdir = f"runs/{name}"

@@ -25,8 +25,8 @@ or Ctrl-C saves and leaves; a second one, or one before the first step is compil
 ends the run at once.
 
 Exit codes: 0 finished, or stopped and saved, which the last line says; 2 a mistake
-that the user can mend; 1 the loss is no longer finite, or any other error; 130 and
-143 ended at once by Ctrl-C and SIGTERM.
+that the user can mend; 1 the loss is no longer finite, another process was lost, or
+any other error; 130 and 143 ended at once by Ctrl-C and SIGTERM.
 
 Into the workdir: config.json, checkpoints/, metrics.jsonl, tensorboard/, curves.png
 and, where there is something to show, masks.png and evaluation.json.

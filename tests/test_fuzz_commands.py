@@ -173,7 +173,7 @@ def check_command(module_name, arguments_of, examples, place, monkeypatch):
     assert seen[0] and seen[2]
 
 
-SLOW = pytest.mark.parametrize("examples", [25, pytest.param(2500, marks=pytest.mark.slow)])
+SLOW = pytest.mark.parametrize("examples", [25, pytest.param(250, marks=pytest.mark.slow)])
 
 
 @pytest.mark.parametrize("name", CONFIG_FILES)

@@ -82,6 +82,7 @@ class Checkpointer:
             preservation_policy=managers.AnyPreservationPolicy(kept),
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(barrier_sync_fn=distributed.meet_writers),
         )
         if jax.process_index() == 0:
             for path in workdir.glob(f"*{TEMPORARY}"):

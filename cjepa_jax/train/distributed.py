@@ -10,10 +10,12 @@ from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from cjepa_jax.errors import UserError, one_line, require
+from cjepa_jax.train import peers
 
 _NOTICE = 60.0  # seconds of a step
 GO_ON, STOP, FAIL = range(3)  # what a process may ask of all; the largest counts
@@ -39,12 +41,15 @@ def start(coordinator_address: str | None, num_processes: int | None, process_id
     try:
         if coordinator_address and process_id:  # JAX would end the process without a word to Python
             _reach(coordinator_address, timeout)
-        jax.distributed.initialize(**given, initialization_timeout=timeout)  # type: ignore[arg-type]
+        jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM, which is ours: see `Consensus`
+        with peers.without_abort():
+            jax.distributed.initialize(**given, initialization_timeout=timeout)  # type: ignore[arg-type]
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(
             f"the processes did not find one another within {timeout} s through {address}; is each one running, and "
             f"can it be reached from {os.uname().nodename}? ({one_line(error)[:200]})"
         ) from None
+    peers.watch()
 
 
 def _reach(address: str, timeout: float) -> None:
@@ -59,6 +64,15 @@ def _reach(address: str, timeout: float) -> None:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.5)
+
+
+def meet_writers(*, key: str, timeout_ms: int) -> None:
+    """Lets Orbax' threads, which write, wait for those of the other processes.
+
+    One that could not write does not wait: the others will not come, and its error is raised only afterwards.
+    """
+    if sys.exc_info()[1] is None:
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 def meet(name: str) -> None:

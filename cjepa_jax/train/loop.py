@@ -11,11 +11,11 @@ from jaxtyping import PyTree
 from cjepa_jax import plots, signals
 from cjepa_jax.config import Config
 from cjepa_jax.data import pipeline, sources, waiting
-from cjepa_jax.errors import UserError
+from cjepa_jax.errors import StorageError, UserError
 from cjepa_jax.evaluate import report
 from cjepa_jax.methods.base import Method, Metrics
 from cjepa_jax.tpu import chips, flops
-from cjepa_jax.train import checkpoint, distributed, lock, memory, sharding, writer
+from cjepa_jax.train import checkpoint, distributed, lock, memory, peers, sharding, writer
 from cjepa_jax.train.alarm import Alarm
 from cjepa_jax.train.diagnostics import diagnose
 from cjepa_jax.train.feed import Feed
@@ -46,10 +46,16 @@ def train(
     read in time, after the state has been saved (by a single process); LockLostError when another run has
     taken the workdir over, which only happens to a run that was paused for long.
     """
-    run = set_up(config, workdir, init, source)
-    distributed.meet("workdir checked")  # before the first of them makes it
-    with lock.Lock(workdir) as held, memory.explained(run.config):
-        return _train(run, workdir, held, profile)
+    with peers.training(workdir), peers.leaving_at_once(unless=_all_raise):
+        run, refused = None, None
+        try:
+            run = set_up(config, workdir, init, source)
+        except UserError as error:
+            refused = error
+        if distributed.any_of_them(run is None) or run is None:  # all have checked the workdir before one makes it
+            raise refused or UserError(_ELSEWHERE)
+        with lock.Lock(workdir) as held, memory.explained(run.config):
+            return _train(run, workdir, held, profile)
 
 
 def _train(run: Training, workdir: epath.Path, held: lock.Lock, profile: tuple[int, int] | None) -> TrainState:
@@ -107,6 +113,8 @@ def _train(run: Training, workdir: epath.Path, held: lock.Lock, profile: tuple[i
         signals.Stop() as stop,
         waiting.until(lambda: stop.requested),
         _Profiler(workdir, profile) as profiler,
+        peers.leaving_at_once(unless=_all_raise),  # innermost, as to close the checkpoints is to wait for the others
+        memory.explained(config),
     ):
         if start in probes and not distributed.told_by_first(log.has_evaluation(start)):  # the run ended meanwhile
             probe()
@@ -127,6 +135,8 @@ def _train(run: Training, workdir: epath.Path, held: lock.Lock, profile: tuple[i
                 held.look()
             requested = distributed.STOP if stop.requested or alarm.wants_stop else distributed.GO_ON
             failure = feed.failure or held.failure or checkpoints.watch() or log.failure
+            if isinstance(failure, StorageError) and jax.process_count() > 1:
+                raise failure  # the others cannot stop with this one, as they wait for what it was to write
             consensus.ask(distributed.FAIL if failure else requested)
             running, step = step_metrics, step + 1
             recorder.keep(step, step_metrics, observed.grad_norms)
@@ -180,6 +190,14 @@ def _train(run: Training, workdir: epath.Path, held: lock.Lock, profile: tuple[i
     if step < steps:
         alarm.check(step)
     return state
+
+
+def _all_raise(error: Exception) -> bool:
+    """Whether all processes leave with such an error after the same step."""
+    out_of_memory = isinstance(error.__cause__, jax.errors.JaxRuntimeError)
+    if isinstance(error, waiting.StalledError) or out_of_memory:
+        return False
+    return isinstance(error, UserError | DivergedError | lock.LockLostError)
 
 
 class _Profiler:

@@ -95,7 +95,11 @@ SHARED = ["--config.mesh.parameters=fsdp", "--config.model.remat=dots", "--confi
 
 @pytest.mark.parametrize(
     "count, devices, settings",
-    [(2, 2, []), (4, 1, []), (2, 2, ["--config.mesh.fsdp=4", *SHARED])],
+    [
+        pytest.param(2, 2, [], marks=pytest.mark.slow),  # the others hold what it shows
+        (4, 1, []),
+        (2, 2, ["--config.mesh.fsdp=4", *SHARED]),
+    ],
     ids=["two", "four", "two, fsdp over both"],
 )
 def test_processes_train_as_one(alone, tmp_path, count, devices, settings):

@@ -129,7 +129,7 @@ def test_settings_of_evaluation(examples, make_config):
     assert seen["refused"] > examples / 10 and seen["valid"] > examples / 20
 
 
-@pytest.mark.parametrize("examples", [8, pytest.param(80, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [16, pytest.param(80, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", METHODS)
 def test_set_up_on_the_digits(method, examples, tmp_path):
     """With images, devices and a workdir, and all that precedes compiling."""

@@ -69,8 +69,8 @@ def test_a_run_that_is_ended_at_any_time_is_no_obstacle_for_the_next(tmp_path):
 
     slow = "from jax._src import compiler; import time; f = compiler.compile_or_get_cached\n"
     slow += "def wait(*a, **k): print('now', file=sys.stderr, flush=True); time.sleep(8); return f(*a, **k)\n"
-    slow += "from cjepa_jax import plots; g = plots.masks\n"  # what is drawn just before the loop
-    slow += "def then(*a, **k): g(*a, **k); compiler.compile_or_get_cached = wait\nplots.masks = then"
+    slow += "from cjepa_jax.train import memory; g = memory.compile_step\n"
+    slow += "def then(*a, **k): compiler.compile_or_get_cached = wait; return g(*a, **k)\nmemory.compile_step = then"
     process = start(*arguments, first=slow)
     until_said(process, "now")
     assert end(process, signal.SIGTERM) == (-signal.SIGTERM, "")

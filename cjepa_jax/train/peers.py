@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import socket
 import threading
 import time
 import traceback
@@ -38,7 +39,6 @@ class _Watch(threading.Thread):
     """Gives signs of life and looks for those of the others."""
 
     patience = PATIENCE
-    looks = 0  # how many have been answered
     workdir: epath.Path | None = None  # of the run, as soon as it is known
 
     def __init__(self):
@@ -47,18 +47,18 @@ class _Watch(threading.Thread):
         self._process, self._stopping = distributed.global_state.process_id, threading.Event()
 
     def run(self) -> None:
-        seen: dict[str, tuple[str, int]] = {}  # each sign of life, and how many looks have found it
+        count, seen = 0, dict[str, tuple[str, int]]()  # each sign of life, and how many looks have found it
         while not self._stopping.wait(BEAT):
             unanswered = threading.Timer(PATIENCE * BEAT, _leave, [_LOST.format(0)])  # process 0 is paused, say
             unanswered.start()
             try:
-                self._client.key_value_set(f"{_KEYS}/{self._process}", str(self.looks), allow_overwrite=True)
+                self._client.key_value_set(f"{_KEYS}/{self._process}", str(count), allow_overwrite=True)
                 found = dict(self._client.key_value_dir_get(_KEYS))
             except jax.errors.JaxRuntimeError:
                 _leave(_LOST.format(0))
             finally:
                 unanswered.cancel()
-            self.looks += 1
+            count += 1
             if note := found.pop(f"{_KEYS}/note", None):
                 if self._process == 0:
                     time.sleep(2 * BEAT)  # until all have read it
@@ -130,11 +130,14 @@ def leaving_at_once(*, unless: Callable[[Exception], bool]) -> Iterator[None]:
 def _doubt() -> None:
     """Gives the watch the time to find out, sooner than usual, that another process is lost, and to leave."""
     if _watch and _watch.is_alive():
-        _watch.patience, before = _DOUBT, _watch.looks
-        time.sleep((_DOUBT + 4) * BEAT)
-        if _watch.looks == before:  # the store is gone, but JAX has not said so yet
-            _leave(_LOST.format(0))
-        time.sleep((_DOUBT + 4) * BEAT)  # process 0 leaves last, and looks may be slow
+        _watch.patience = _DOUBT
+        host, _, port = str(distributed.global_state.coordinator_address).rpartition(":")
+        for _ in range(3 * _DOUBT):  # process 0 leaves last, and looks may be slow
+            try:
+                socket.create_connection((host, int(port)), timeout=BEAT).close()
+            except OSError:  # the store is gone, but the watch still waits for an answer
+                _leave(_LOST.format(0))
+            time.sleep(BEAT)
 
 
 def _leave(reason: str) -> NoReturn:

@@ -12,6 +12,7 @@ import tempfile
 import threading
 import traceback
 
+QUICK = "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0"  # tests compile much, compute little
 ROOT = pathlib.Path(__file__).parents[1]
 IMPORTED = ["cjepa_jax.train.loop", "cjepa_jax.evaluate.report", "cjepa_jax.interop.conversion", "tests.commands"]
 

@@ -1,9 +1,11 @@
 """8 simulated devices, strict promotion; warnings are errors (pyproject.toml)."""
 
+import gc
 import os
 
-# The last two are for speed: these tests compile much and compute little.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_cpu_use_fusion_emitters=false"
+from tests.commands import QUICK
+
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {QUICK}"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -34,6 +36,14 @@ def small(**overrides) -> CJEPAConfig:
             place = place.setdefault(key, {})
         place[last] = value
     return parse(values, CJEPAConfig)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget():
+    """Frees the programs of a file when it is through: gigabytes of them make all that follows slower."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture

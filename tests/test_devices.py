@@ -114,6 +114,7 @@ def test_fifty_steps_compile_once(make_config):
 
 WIDE = {"model__size": "256x2x4", "predictor__width": 128, "predictor__depth": 2, "vicreg__projector": (256,)}
 WAYS = {  # parameters, fsdp, layers, remat
+    "replicated": ("replicated", 1, "unrolled", "none"),
     "scanned": ("replicated", 1, "scanned", "none"),
     "dots": ("replicated", 1, "unrolled", "dots"),
     "zero1 of 4": ("zero1", 4, "unrolled", "none"),
@@ -123,10 +124,16 @@ WAYS = {  # parameters, fsdp, layers, remat
 }
 
 
-def program(make_config, way=("replicated", 1, "unrolled", "none"), devices=8):
+def program(way="replicated", devices=8):
     keys = ("mesh__parameters", "mesh__fsdp", "model__layers", "model__remat")
-    config = make_config(**WIDE, **dict(zip(keys, way, strict=True)))
+    config = small(**WIDE, **dict(zip(keys, WAYS[way], strict=True)))
     return build(CJEPA(config), 10, sharding.make_mesh(config.mesh, jax.devices()[:devices]))
+
+
+@functools.cache  # compiling is what takes time
+def compiled(way="replicated", devices=8):
+    built = program(way, devices)
+    return built._replace(step=built.step.lower(built.state, batch(), jax.random.key(2)).compile())
 
 
 def batch() -> Batch:
@@ -141,15 +148,10 @@ def three_steps(program):
     return jax.device_get(metrics), state
 
 
-@pytest.fixture(scope="module")
-def on_one_device():
-    return three_steps(program(small, devices=1))
-
-
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_takes_the_same_steps(make_config, on_one_device, way):
-    expected, reference = on_one_device
-    found, state = three_steps(program(make_config, WAYS[way]))
+def test_every_way_takes_the_same_steps(way):
+    expected, reference = three_steps(compiled(devices=1))
+    found, state = three_steps(compiled(way))
     for a, b in zip(expected, found, strict=True):
         for name in a:
             np.testing.assert_allclose(a[name], b[name], rtol=2e-4, atol=1e-6, err_msg=name)
@@ -159,8 +161,8 @@ def test_every_way_takes_the_same_steps(make_config, on_one_device, way):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_shards_are_where_they_should_be(make_config, way):
-    built = program(make_config, WAYS[way])
+def test_shards_are_where_they_should_be(way):
+    built = compiled(way)
     _, shards, _, _ = WAYS[way]
     state = built.init(jax.random.key(0))
     kernels = {
@@ -179,23 +181,22 @@ def test_shards_are_where_they_should_be(make_config, way):
         assert a.sharding.is_equivalent_to(b.sharding, b.ndim)
 
 
-@pytest.mark.parametrize("way", ["replicated", *WAYS])
-def test_the_collectives_are_those_expected(make_config, way):
+@pytest.mark.parametrize("way", WAYS)
+def test_the_collectives_are_those_expected(way):
     """Gradients and statistics are summed; parameters are gathered where they are cut, and nothing else is moved."""
-    built = program(make_config, *([WAYS[way]] if way in WAYS else []))
-    text = built.step.lower(built.state, batch(), jax.random.key(2)).compile().as_text()
+    text = compiled(way).step.as_text()
     found = re.findall(r"= (\S+?\[[\d,]*\]).* (all-\w+|reduce-scatter|collective-\w+)(?:-start)?\(", text)
     kinds = collections.Counter(kind for _, kind in found)
     assert kinds.keys() == {"all-reduce", "all-gather"}
     sizes = [
         math.prod(map(int, re.findall(r"\d+", shape.split("[")[1]))) for shape, kind in found if kind == "all-gather"
     ]
-    cut = way in WAYS and WAYS[way][1] > 1
+    cut = WAYS[way][1] > 1
     assert (max(sizes) > 10_000) == cut  # indices of tokens are gathered in any case
 
 
-def test_nothing_is_whole_on_one_device_at_the_start(make_config):
-    built = program(make_config, WAYS["fsdp of 8, scanned"])
+def test_nothing_is_whole_on_one_device_at_the_start():
+    built = program("fsdp of 8, scanned")
     analysis = built.init.lower(jax.random.key(0)).compile().memory_analysis()
     total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(built.state))
     assert analysis.output_size_in_bytes + analysis.temp_size_in_bytes < 0.3 * total
@@ -203,14 +204,14 @@ def test_nothing_is_whole_on_one_device_at_the_start(make_config):
 
 @pytest.mark.parametrize("other", ["zero1 of 4", "scanned", "one device"])
 def test_a_checkpoint_restores_onto_another_mesh_bit_for_bit(make_config, tmp_path, other):
-    saved = program(make_config, WAYS["fsdp of 8, scanned"])
+    saved = compiled("fsdp of 8, scanned")
     state, _, _ = saved.step(saved.init(jax.random.key(0)), batch(), jax.random.key(2))
     expected = jax.device_get(state)
     options = make_config().checkpoint
     writer = Checkpointer(epath.Path(tmp_path), options, {"fingerprint": ""})
     writer.save(1, state)
     writer.close()
-    built = program(make_config, devices=1) if other == "one device" else program(make_config, WAYS[other])
+    built = program(devices=1) if other == "one device" else program(other)
     restored = Checkpointer(epath.Path(tmp_path), options, {"fingerprint": ""}).restore(built.state)
     jax.tree.map(np.testing.assert_array_equal, expected, jax.device_get(restored))
     for a, b in zip(jax.tree.leaves(built.state), jax.tree.leaves(restored), strict=True):
@@ -277,10 +278,11 @@ def test_the_default_cuts_where_it_can_and_one_device_has_no_constraints(make_co
     monkeypatch.setattr(sharding, "_SHARDS", 8)
     config = make_config(**WIDE)
     cut = build(CJEPA(config), 10, sharding.make_mesh(config.mesh))
-    asked = program(make_config, ("zero1", 8, "unrolled", "none"))
+    asked = make_config(**WIDE, mesh__fsdp=8)
+    asked = build(CJEPA(asked), 10, sharding.make_mesh(asked.mesh))
     lowered = [built.step.lower(built.state, batch(), jax.random.key(2)).as_text() for built in (cut, asked)]
     assert lowered[0] == lowered[1]
     one = build(CJEPA(config), 10, sharding.make_mesh(config.mesh, jax.devices()[:1]))
-    before = program(make_config, devices=1)  # what was the default: whole everywhere
+    before = program(devices=1)  # what was the default: whole everywhere
     lowered = [built.step.lower(built.state, batch(), jax.random.key(2)).as_text() for built in (one, before)]
     assert lowered[0] == lowered[1]

@@ -18,6 +18,7 @@ from etils import epath
 
 from cjepa_jax.errors import UserError
 from cjepa_jax.train import distributed, lock
+from tests.commands import QUICK
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = [
@@ -43,7 +44,7 @@ def free_port() -> int:
 def start(count: int, devices: int, *arguments: str) -> list[subprocess.Popen[str]]:
     """The command in `count` processes that know of one another, with `devices` simulated devices each."""
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_cpu_use_fusion_emitters=false",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}",
         "JAX_PLATFORMS": "cpu",
     }
     address = f"localhost:{free_port()}"
@@ -96,8 +97,8 @@ SHARED = ["--config.mesh.parameters=fsdp", "--config.model.remat=dots", "--confi
 @pytest.mark.parametrize(
     "count, devices, settings",
     [
-        pytest.param(2, 2, [], marks=pytest.mark.slow),  # the others hold what it shows
-        (4, 1, []),
+        pytest.param(2, 2, [], marks=pytest.mark.slow),  # the last holds what it shows
+        pytest.param(4, 1, [], marks=pytest.mark.slow),
         (2, 2, ["--config.mesh.fsdp=4", *SHARED]),
     ],
     ids=["two", "four", "two, fsdp over both"],
@@ -154,7 +155,7 @@ def test_an_error_of_one_stops_all_and_saves_nothing_of_it(tmp_path):
             [sys.executable, "-c", before, *SMALL, f"--workdir={workdir}", address, "--num_processes=2"]
             + [f"--process_id={process}", "--config.data.max_bad_fraction=1.0"],
             cwd=ROOT,
-            env=os.environ | {"XLA_FLAGS": ""},
+            env=os.environ | {"XLA_FLAGS": QUICK},
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

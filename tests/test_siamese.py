@@ -90,6 +90,11 @@ def lines(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.parametrize(
+    "finished",
+    ["vicreg", *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES if name != "vicreg")],
+    indirect=True,
+)
 def test_a_run_resumes_bit_for_bit(finished, tmp_path):
     workdir, config, state = finished
     again = epath.Path(tmp_path / "again")

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from tests.commands import QUICK
 from tests.test_train import ROOT, SMALL, lines
 
 DIGITS = ["cjepa_jax.main", "--config=configs/digits.py", *SMALL]
@@ -22,7 +23,7 @@ def start(*arguments: str, first: str = "") -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments[1:]],
         cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"},
+        env=os.environ | {"XLA_FLAGS": QUICK},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -1,6 +1,5 @@
 """Several processes as one run: started where the environment asks for it, and stopped together."""
 
-import contextlib
 import glob
 import os
 import socket
@@ -96,13 +95,6 @@ def wait_for(results: PyTree) -> None:
             print(text, file=sys.stderr, flush=True)
             break
     jax.block_until_ready(results)
-
-
-def meet_after_error(name: str) -> None:
-    """Meets processes that wait elsewhere, under another name, for one that could not come for an error."""
-    if jax.process_count() > 1:
-        with contextlib.suppress(AssertionError):  # about the name
-            multihost_utils.sync_global_devices(name)
 
 
 def any_of_them(mine: bool) -> bool:

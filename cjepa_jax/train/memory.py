@@ -33,9 +33,11 @@ def compile_step(program: step.Program, steps: int) -> jax.stages.Compiled:
     needed = math.inf
     while left:
         parts = left.pop(0)
-        optim = dataclasses.replace(config.optim, microbatches=parts)
-        method = dataclasses.replace(program.method, config=dataclasses.replace(config, optim=optim))
-        compiled, kept, needed = _compile(step.build(method, steps, mesh))  # type: ignore[arg-type]
+        if chooses:
+            optim = dataclasses.replace(config.optim, microbatches=parts)
+            method = dataclasses.replace(program.method, config=dataclasses.replace(config, optim=optim))
+            program = step.build(method, steps, mesh)  # type: ignore[arg-type]
+        compiled, kept, needed = _compile(program)
         limit = there * (_ROOM if chooses else 1)
         if compiled is not None and needed <= limit:
             if chooses and jax.process_index() == 0:

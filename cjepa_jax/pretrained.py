@@ -22,7 +22,8 @@ from cjepa_jax.models.masking import Masks
 from cjepa_jax.models.predictor import PredictorConfig, build_predictor
 from cjepa_jax.models.vit import build_encoder
 from cjepa_jax.settings import parse_flat
-from cjepa_jax.train.checkpoint import META, quiet_on_error, read_meta
+from cjepa_jax.train.checkpoint import META, read_meta
+from cjepa_jax.train.orbax import quiet_on_error
 
 # Where a checkpoint's state holds each network: now, and in checkpoints written before states had "averages".
 NETWORKS: dict[str, tuple[tuple[str, ...], ...]] = {

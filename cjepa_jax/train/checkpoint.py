@@ -5,13 +5,10 @@ The stream of batches needs no entry: it is a function of the config and the ste
 
 import contextlib
 import dataclasses
-import io
 import json
-import logging
 import math
 import sys
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -34,7 +31,7 @@ from cjepa_jax.files import (
     write_whole,
 )
 from cjepa_jax.settings import adopt
-from cjepa_jax.train import distributed, writer
+from cjepa_jax.train import distributed, orbax, writer
 
 C = TypeVar("C", bound=Config)
 META = "meta/metadata"  # where Orbax puts the item "meta" inside of a checkpoint
@@ -69,8 +66,8 @@ class Checkpointer:
 
         Raises StorageError where the disk is full.
         """
-        _quieten_threads()
-        _write_arrays_whole()
+        orbax.quieten_threads()
+        orbax.write_arrays_whole()
         self._directory = workdir / "checkpoints"
         self._meta = meta
         self._every, self._fall_back = checkpoint.every, checkpoint.fall_back
@@ -83,7 +80,7 @@ class Checkpointer:
             preservation_policy=managers.AnyPreservationPolicy(kept),
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,
-            async_options=ocp.AsyncOptions(barrier_sync_fn=distributed.meet_writers),
+            async_options=ocp.AsyncOptions(barrier_sync_fn=orbax.meet_writers),
         )
         if jax.process_index() == 0:
             for path in workdir.glob(f"*{TEMPORARY}"):
@@ -124,9 +121,9 @@ class Checkpointer:
         path = self._directory / str(step)
         failure, reason = None, "another process cannot read it"
         try:
-            with quiet_on_error():
+            with orbax.quiet_on_error():
                 as_saved = _as_saved(abstract_state, path / "state")
-                saved = _reader().restore(absolute(path / "state"), args=ocp.args.StandardRestore(as_saved))
+                saved = orbax.reader().restore(absolute(path / "state"), args=ocp.args.StandardRestore(as_saved))
                 meta = read_meta(path)
                 fingerprint = meta["fingerprint"]
         except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
@@ -184,7 +181,7 @@ class Checkpointer:
         if calm:
             self._calm.step = step
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
-        with storing(self._directory / str(step), needed), quiet_on_error():
+        with storing(self._directory / str(step), needed), orbax.quiet_on_error():
             self._manager.save(step, args=args, force=True)
         self._saving = step, needed
 
@@ -203,7 +200,7 @@ class Checkpointer:
             raise self.failure
         if self._saving:
             (step, needed), self._saving = self._saving, None
-            with storing(self._directory / str(step), needed), quiet_on_error():
+            with storing(self._directory / str(step), needed), orbax.quiet_on_error():
                 self._manager.wait_until_finished()
 
     def due(self, step: int) -> bool:
@@ -225,42 +222,9 @@ class Checkpointer:
         return f"{path} is the newest checkpoint from before the trouble, --init={path} starts a new run from it"
 
 
-def _write_arrays_whole() -> None:
-    """Lets one process write an array that all devices hold from one of them.
-
-    Orbax would take an eighth from each of eight. That serves several processes, which share the writing so; in a
-    single one the cutting only makes the run stand still for longer.
-    """
-    handler = ocp.type_handlers.ArrayHandler(use_replica_parallel=jax.process_count() > 1)
-    ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
-
-
-def _quieten_threads() -> None:
-    """Keeps threads from telling of failed writes: the first is raised in the main one, and the others say no more."""
-    logging.getLogger("absl").addFilter(_is_not_of_orbax)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-
-
-def _is_not_of_orbax(record: logging.LogRecord) -> bool:
-    return "orbax" not in record.pathname
-
-
 def read_meta(checkpoint: epath.Path) -> dict[str, Any]:
     """Reads what a checkpoint knows of itself beside its state, {} if it is an old one. Raises UserError."""
     return read_json(checkpoint / META) if (checkpoint / META).exists() else {}
-
-
-def _reader() -> ocp.Checkpointer:
-    """Reads states without a wait for other processes, so that one that fails leaves nobody waiting.
-
-    Each process reads the parts of arrays that its devices hold.
-    """
-    mine = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=mine, active_processes={mine}, barrier_sync_key_prefix=f"process{mine}"
-    )
-    handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
-    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def _as_saved(state: PyTree, path: epath.Path) -> PyTree:
@@ -280,26 +244,6 @@ def _averages(saved: dict[str, Any]) -> dict[str, Any]:
     if "target_params" in saved:
         return {"target_encoder": saved["target_params"]}
     return {f"ema_{name}": average for name, average in saved["ema_params"].items()}
-
-
-@contextlib.contextmanager
-def quiet_on_error() -> Iterator[None]:
-    """Keeps other threads quiet: of several reads that fail Orbax raises the first, and the others print tracebacks."""
-    asyncio = logging.getLogger("asyncio")
-    level = asyncio.level
-    asyncio.setLevel(logging.CRITICAL)  # it tells of each further read that fails, at any time from now on
-    with contextlib.redirect_stderr(io.StringIO()) as said:
-        try:
-            yield
-        except Exception:
-            for _ in range(10):  # until the other reads have failed too
-                length = said.tell()
-                time.sleep(1)
-                if said.tell() == length:
-                    break
-            raise
-    asyncio.setLevel(level)
-    sys.stderr.write(said.getvalue())
 
 
 def check_workdir(workdir: epath.Path, config: C, start: Mapping[str, Any]) -> tuple[C, list[str]]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
@@ -63,15 +62,6 @@ def _reach(address: str, timeout: float) -> None:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.5)
-
-
-def meet_writers(*, key: str, timeout_ms: int) -> None:
-    """Lets Orbax' threads, which write, wait for those of the other processes.
-
-    One that could not write does not wait: the others will not come, and its error is raised only afterwards.
-    """
-    if sys.exc_info()[1] is None:
-        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 def meet(name: str) -> None:

@@ -60,7 +60,7 @@ def load(checkpoint: PathLike, encoder: str | None = None) -> "FrozenEncoder":
     """
     logging.set_verbosity("error")  # Orbax' chatter, as in the commands
     path = epath.Path(checkpoint)
-    has = [name for name in pretrained.ENCODERS if name in pretrained.available(path)]
+    has = [name for name in pretrained.ENCODERS if name in pretrained.available(path, flag="checkpoint")]
     require(bool(has), f"checkpoint {path} has no encoder")
     require(encoder is None or encoder in has, f"checkpoint {path} has no {encoder}; {nearest(str(encoder), has)}")
     name = encoder or has[0]

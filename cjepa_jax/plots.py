@@ -19,27 +19,33 @@ _COMMON = {  # title of a panel -> metrics, after those of the method
     "Learning rate": ("lr",),
     "Norm of the gradient": ("grad_norm",),
     "EMA momentum": ("ema_momentum",),
+    "Throughput": ("images_per_second",),
 }
 
 
 def curves(lines: list[dict[str, Any]], path: epath.Path, panels: Mapping[str, Sequence[str]]) -> None:
-    """Draws metrics of `metrics.jsonl` against the step; `panels` are a method's, by their titles."""
-    panels = {**panels, **_COMMON}
-    rows = math.ceil(len(panels) / 3)
+    """Draws metrics of `metrics.jsonl` against the step; `panels` are a method's, by their titles.
+
+    A panel of which no line holds a metric is left out.
+    """
+    logged = {name for line in lines for name in line}
+    shown = {title: [name for name in names if name in logged] for title, names in {**panels, **_COMMON}.items()}
+    shown = {title: names for title, names in shown.items() if names}
+    rows = max(1, math.ceil(len(shown) / 3))
     figure = Figure(figsize=(11, 2.5 * rows), layout="constrained")
-    grid = figure.subplots(rows, 3).flat
-    for axes in grid[len(panels) :]:
+    grid = figure.subplots(rows, 3, sharex=True).flat
+    for axes in grid[len(shown) :]:
         axes.set_axis_off()
-    for axes, (title, names) in zip(grid, panels.items(), strict=False):
-        # A method may log a metric only where a setting asks for it.
-        for name in [name for name in names if any(name in line for line in lines)] or names:
+    for axes, (title, names) in zip(grid, shown.items(), strict=False):
+        for name in names:
             points = [(line["step"], line[name]) for line in lines if name in line]
-            axes.plot(
-                *zip(*points, strict=True) if points else ([], []), marker="." if len(points) < 20 else "", label=name
-            )
+            axes.plot(*zip(*points, strict=True), marker="." if len(points) < 20 else "", label=name)
         axes.set_title(title)
         axes.set_xlabel("step")
-        axes.legend()
+        axes.tick_params(labelbottom=True)
+        axes.set_ylabel(names[0] if len(names) == 1 else names[0].partition("/")[0])
+        if len(names) > 1:
+            axes.legend()
         if title == "Regulariser's terms":
             axes.set_yscale("log")
     _save(figure, path)
@@ -89,20 +95,23 @@ def side_by_side(columns: Mapping[str, Sequence[np.ndarray] | np.ndarray], path:
 
     A column has images [n, H, W, C], uint8 or in [0, 1], or maps [n, H, W].
 
-    The maps of a row have one scale; above each are its smallest and its largest value.
+    The maps of a row have one scale, which stands beside them; above each are its smallest and its largest value.
     """
     rows = list(zip(*columns.values(), strict=True))
     figure = Figure(figsize=(0.5 + 1.9 * len(columns), 0.7 + 2.0 * len(rows)), layout="constrained")
     figure.suptitle(title, wrap=True)
     for i, (panels, row) in enumerate(zip(figure.subplots(len(rows), len(columns), squeeze=False), rows, strict=True)):
-        values = [picture for picture in row if picture.ndim == 2]
+        coloured, values = None, [picture for picture in row if picture.ndim == 2]
         scale = {"vmin": min(map(np.min, values)), "vmax": max(map(np.max, values))} if values else {}
         for axes, name, picture in zip(panels, columns, row, strict=True):
             is_map = picture.ndim == 2
             span = f"{picture.min():.2g} to {picture.max():.2g}" if is_map else ""
-            axes.imshow(picture, cmap="gray" if picture.shape[-1] == 1 else "viridis", **(scale if is_map else {}))
+            drawn = axes.imshow(picture, cmap="gray" if picture.shape[-1] == 1 else None, **(scale if is_map else {}))
             axes.set_axis_off()
             axes.set_title("\n".join(filter(None, (name if i == 0 else "", span))))
+            coloured = drawn if is_map else coloured
+        if coloured:
+            figure.colorbar(coloured, ax=panels, fraction=0.05, pad=0.01)
     _save(figure, path)
 
 

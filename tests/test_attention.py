@@ -72,7 +72,7 @@ def test_colours_are_principal_components():
     np.testing.assert_allclose(backwards, colours, atol=1e-4)
 
 
-def test_pictures_are_drawn(tmp_path):
+def test_pictures_are_drawn(tmp_path, monkeypatch):
     random = np.random.default_rng(0)
     columns = {
         "image": random.integers(0, 256, (2, 32, 32, 3), np.uint8),
@@ -80,6 +80,9 @@ def test_pictures_are_drawn(tmp_path):
         "map": random.random((2, 32, 32)),
         "colours": random.random((2, 4, 4, 3)),
     }
+    bars, draw = [], plots.Figure.colorbar
+    monkeypatch.setattr(plots.Figure, "colorbar", lambda *args, **kwargs: bars.append(draw(*args, **kwargs)))
     plots.side_by_side(columns, tmp_path / "x.png", title="of two images")
     drawn = np.asarray(Image.open(tmp_path / "x.png").convert("RGB"))
+    assert len(bars) == 2  # the scale of the maps, one for each row
     assert drawn.shape[1] > 1.5 * drawn.shape[0] and len(np.unique(drawn.reshape(-1, 3), axis=0)) > 1000

@@ -13,6 +13,7 @@ import jax
 import pytest
 from etils import epath
 
+from cjepa_jax import command, plots
 from cjepa_jax.methods.cjepa import CJEPA
 from cjepa_jax.tpu import chips, flops
 from cjepa_jax.train import loop, writer
@@ -53,7 +54,25 @@ def test_speed_memory_and_time(tmp_path, clock, capsys, monkeypatch):
     said = capsys.readouterr().err.splitlines()
     assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  step 1/1000  epoch 0.05/50  loss 0.1235  rank", said[0])
     assert "step 11/1000  epoch 0.55/50  loss 0.1235  img/s 8  mfu 40%" in said[1]
-    assert said[1].endswith("lr 0.0005  wait 0  GiB 3  8 min left")
+    assert said[1].endswith("lr 0.0005  wait 0%  GiB 3  8 min left")
+
+
+@pytest.mark.parametrize("seconds, says", [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min"), (7260, "2 h 01 min")])
+def test_the_time_left_has_a_unit_that_fits(seconds, says):
+    assert writer._duration(seconds) == says
+
+
+def test_curves_have_labels_and_no_empty_panel(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    lines = [{"step": step, "loss/total": 1.0, "rep/std": 0.5, "images_per_second": 8.0} for step in (1, 2)]
+    panels = {"Loss": ("loss/total", "loss/prediction"), "Std": ("rep/std", "rep/cosine"), "Accuracy": ("eval/knn",)}
+    plots.curves([*lines, {"step": 2, "rep/cosine": 0.1}], tmp_path / "x.png", panels)
+    drawn = [axes for axes in figures[0].axes if axes.axison]
+    assert [axes.get_title() for axes in drawn] == ["Loss", "Std", "Throughput"]
+    assert [axes.get_ylabel() for axes in drawn] == ["loss/total", "rep", "images_per_second"]
+    assert all(axes.lines and axes.get_xlabel() == "step" for axes in drawn)
+    assert [axes.get_legend() is not None for axes in drawn] == [False, True, False]
 
 
 def test_what_is_not_known_is_not_said(tmp_path, clock, capsys):
@@ -97,3 +116,13 @@ def test_the_peak_counts_what_the_method_needs(make_config, monkeypatch):
 def test_peaks_of_known_devices():
     assert chips.peak_flops("NVIDIA L4") == 121e12 and chips.peak_flops("TPU v5 lite") == 197e12
     assert chips.peak_flops("cpu") is None and chips.peak_flops("NVIDIA L40S") is None
+
+
+def test_a_tpu_is_known_by_its_maker(tmp_path):
+    """Where there is none, libtpu is told so instead of complaining."""
+    for name, vendor in (("a", "0x8086"), ("b", "0x1af4")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "vendor").write_text(f"{vendor}\n")
+    assert not command._may_have_tpu(str(tmp_path)) and not command._may_have_tpu(str(tmp_path / "none"))
+    (tmp_path / "b" / "vendor").write_text("0x1ae0\n")
+    assert command._may_have_tpu(str(tmp_path))

@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import time
 from collections.abc import Iterator
 
 import jax
@@ -94,6 +95,7 @@ def _train(run: Training, workdir: epath.Path, held: lock.Lock, profile: tuple[i
     consensus = distributed.Consensus(program.split, program.whole)
     recorder = Recorder(workdir, seed=config.seed, start=start, params=state.params)
     observe = jax.jit(diagnose)
+    curves = _Curves(workdir, run.method)
     step, asked, skipped = start, distributed.GO_ON, 0
     stalled: waiting.StalledError | None = None  # an image does not come, and the run leaves without it
     running: PyTree = ()  # the metrics of the step that the devices work on
@@ -163,6 +165,9 @@ def _train(run: Training, workdir: epath.Path, held: lock.Lock, profile: tuple[i
                 except waiting.StalledError as error:
                     stalled = error
                     break
+            if (saves or step in probes) and curves.is_due():
+                log.pause()
+                curves.draw()
             for name, reason in list(reader.unreadable.items())[skipped:]:
                 log.note(f"skipped {name}: {reason}")
                 skipped += 1
@@ -185,7 +190,7 @@ def _train(run: Training, workdir: epath.Path, held: lock.Lock, profile: tuple[i
             if not log.has_evaluation(step):
                 log.write(step, metrics)
     if jax.process_index() == 0:
-        plots.curves(writer.read(workdir), workdir / "curves.png", run.method.panels)
+        curves.draw()
         print(_farewell(workdir, step, steps, owes=owes), file=sys.stderr)
     if step < steps:
         alarm.check(step)
@@ -198,6 +203,24 @@ def _all_raise(error: Exception) -> bool:
     if isinstance(error, waiting.StalledError) or out_of_memory:
         return False
     return isinstance(error, UserError | DivergedError | lock.LockLostError)
+
+
+class _Curves:
+    """Draws curves.png, in process 0; while the run goes on every few minutes at most, because it takes a second."""
+
+    SECONDS = 300.0  # from one picture to the next
+
+    def __init__(self, workdir: epath.Path, method: Method):
+        self._workdir, self._method, self._drawn = workdir, method, time.monotonic()
+
+    def is_due(self) -> bool:
+        """Tells whether the last picture is old."""
+        return jax.process_index() == 0 and time.monotonic() - self._drawn >= self.SECONDS
+
+    def draw(self) -> None:
+        """Draws all lines that metrics.jsonl has so far."""
+        plots.curves(writer.read(self._workdir), self._workdir / "curves.png", self._method.panels)
+        self._drawn = time.monotonic()
 
 
 class _Profiler:

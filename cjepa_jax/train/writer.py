@@ -26,7 +26,7 @@ _SHOWN = {  # metric -> its name and form on the screen, where the first come fi
     "loss/covariance": ("cov", ".4g"),
     "rep/std": ("std", ".4g"),
     "lr": ("lr", ".3g"),
-    "data/wait_fraction": ("wait", ".2g"),
+    "data/wait_fraction": ("wait", ".0%"),
     "memory_gib": ("GiB", ".3g"),
 }
 # What in a line depends on the clock and the machine, and so differs between two runs that are equal.
@@ -224,6 +224,8 @@ def _memory() -> dict[str, float]:
 
 
 def _duration(seconds: float) -> str:
+    if seconds < 59.5:
+        return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"
 

@@ -1,6 +1,7 @@
 """Features of a checkpoint, and the command that judges them."""
 
 import json
+import pathlib
 import sys
 
 import jax
@@ -15,7 +16,7 @@ from cjepa_jax.config import Mesh
 from cjepa_jax.data import pipeline
 from cjepa_jax.errors import UserError
 from cjepa_jax.evaluate import __main__ as evaluate
-from cjepa_jax.evaluate import features
+from cjepa_jax.evaluate import collapse, features
 from cjepa_jax.evaluate.config import Evaluation, resolve
 from cjepa_jax.evaluate.frozen import Frozen, from_checkpoint
 from cjepa_jax.methods.cjepa import CJEPA
@@ -181,7 +182,29 @@ def test_the_command_prints_tables_and_leaves_what_it_takes_to_repeat(workdir, m
     assert found["linear"]["results"]["trained"]["all"].keys() == {"last 1 layers", "last 2 layers"}
     assert raw["collapse"]["LiDAR"] > 2 and len(raw["collapse"]["spectrum"]) == 64
     picture = workdir / "evaluation" / "step3_target_encoder.collapse.png"
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert picture.read_bytes().startswith(b"\x89PNG") and f"-> {picture}\n" in said
+
+    assert said.startswith(f"{workdir}, step 3: target_encoder, 16x2x2/2\ntrain images: 300 of 10 classes, digits 'tr")
+    assert "\ntest images: 150 of 10 classes, digits 'test[:150]'\nguessing reaches 10.00 %, always the com" in said
+    passes = ("features of training images", "linear probes", "logistic regressions", "random views")
+    assert all(what in printed.err for what in passes)
+    share = raw["knn"]["plain"]
+    assert raw["knn"]["standard error"]["plain"] == pytest.approx((share * (1 - share) / 150) ** 0.5)
+    assert f"{100 * share:.2f} +- {100 * raw['knn']['standard error']['plain']:.2f}" in said
+    assert drawn["standard error"] == pytest.approx(np.std(drawn["draws"], ddof=1) / 2**0.5)
+    assert f"{100 * drawn['mean']:.2f} +- {100 * drawn['standard error']:.2f}" in said
+    assert not any("%" in key for rows in found.values() for row in rows["results"].values() for key in row)
+    assert "verdict: no alarm\n  in multiples of the untrained encoder's on the same images: std 1." in said
+
+    last = found["linear"]["results"]["trained"]["all"]["last 1 layers"]["test"]
+    (line,) = [line for line in said.splitlines() if "trained, last layer (exported)  " in line]
+    assert f" {100 * last:.2f} +- " in line
+    exported = pathlib.Path(found["linear"]["results"]["trained"]["exported"])
+    assert f"exported with its head, the probe of the last layer: {exported}\n" in said
+    left = json.loads((exported / "evaluation.json").read_text())
+    (row,) = left["results"]["linear"].items()
+    assert row[0] == "trained, last layer (exported)" and row[1]["linear"] == last
+    assert left["encoder"] == "target_encoder" and left["step"] == 3 and left["data"]["test_split"] == "test[:150]"
 
     run(monkeypatch, f"--checkpoint={workdir}", "--method=knn", *FAST)  # the same settings may be repeated
     before = picture.parent / "step3_target_encoder.knn.json"
@@ -203,6 +226,30 @@ def test_the_linear_probe_is_left_as_a_checkpoint_with_its_head(workdir, tmp_pat
     pooled = reference_features(left.params["target_encoder"], images, frozen.data)[-1]
     right = (pooled @ left.params["head"]["kernel"] + left.params["head"]["bias"]).argmax(axis=1) == labels
     assert abs(right.mean() - rows["trained"]["all"]["last 1 layers"]["test"]) < 0.01
+
+
+def test_the_verdict_has_the_limits_of_the_alarm_while_training():
+    def row(std: float, rank: float, cosine: float) -> dict[str, float]:
+        return {"std": std, "rank": rank, "cosine": cosine}
+
+    def lines(*stds: float) -> list[dict[str, float]]:
+        spread = ({"rep/std": std, "rep/rank": 8.0, "rep/cosine": 0.5} for std in stds)
+        return [{"step": 10 * i, **found} for i, found in enumerate(spread)] + [{"step": 90, "eval/knn": 0.5}]
+
+    fine = collapse.verdict({"trained": row(0.6, 5, 0.7), "untrained": row(1, 9, 0)}, lines(1, 0.6, 0.4, 0.4), steps=0)
+    assert fine["alarms"] == [] and "std 0.60 (alarm below 0.5), rank 0.56" in fine["compared"][0]
+    assert fine["compared"][1] == "  in metrics.jsonl: no alarm at step 90"
+    rows = {"trained": row(float("nan"), 4, 0.8), "untrained": row(1, 9, 0)}
+    found = collapse.verdict(rows, lines(1, 0.6, 0.4, 0.4, 0.4), steps=100)["alarms"]
+    starts = ["std is nan, less than 0.5 of the untrained encoder's 1: ", "rank is 4, less than 0.5 of the untrained"]
+    starts += ["1 - cosine is 0.2, less than 0.25 of", "in metrics.jsonl rep/std is 0.4, below its limit of 0.5 since"]
+    assert len(found) == 4 and all(map(str.startswith, found, starts))
+    assert all(": the features " in alarm for alarm in found)
+    assert collapse.verdict(rows, lines(1, 0.6, 0.4, 0.4, 0.4), steps=1000)["alarms"] == found[:3]  # not for long yet
+    said = collapse.Collapse().notes({"trained": {"verdict": {"alarms": found, "compared": ["x"]}}})
+    assert said[:2] == ["verdict: the features are collapsing", f"  alarm: {found[0]}"]
+    assert collapse.verdict({"trained": row(1, 9, 0)}, [], steps=0) == {"alarms": [], "compared": []}
+    assert collapse.Collapse().notes({"trained": {}})[0].startswith("verdict: none, for want of")
 
 
 def test_augmented_linear_probe(workdir):

@@ -22,8 +22,10 @@
 --config=configs/evaluate.py --help  lists all settings
 
 The images are those of the checkpoint's own config unless settings say otherwise.
-Prints a table; WORKDIR/evaluation/NAME.METHOD.json holds the results and all that it
-takes to repeat them. What is there already with other settings is not overwritten.
+Prints what is judged, tables with standard errors, and the files and pictures that it writes.
+WORKDIR/evaluation/NAME.METHOD.json holds the results and all that it takes to repeat them;
+shares of images are in % in the tables and fractions in the files. What is there already with
+other settings is not overwritten.
 
 Exit codes: 0 finished; 2 a mistake that the user can mend; 1 any other error; 130 and 143 ended by
 Ctrl-C and SIGTERM.
@@ -100,12 +102,14 @@ def _run() -> None:
             if one == next(name for name in wanted if known[name].needs_labels):
                 warn_of_same_images(frozen.data, frozen.train.source, frozen.test.source)
         known[one].check(frozen)
+    print(report.header(frozen), flush=True)
     for one in wanted:
         start = time.perf_counter()
         rows = known[one].run(frozen, stem)
         report.write(files[one], frozen, {one: rows}, descriptions[one], seconds=time.perf_counter() - start)
         print(report.table(known[one], rows), flush=True)
-        print(f"-> {files[one]}")
+        for file in (files[one], *(stem.with_name(f"{name}.{picture}") for picture in known[one].pictures)):
+            print(f"-> {file}", flush=True)
 
 
 def main() -> None:

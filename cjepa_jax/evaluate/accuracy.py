@@ -11,7 +11,7 @@ from etils import epath
 from jaxtyping import Array, Float, Int, PyTree
 
 from cjepa_jax.errors import require
-from cjepa_jax.evaluate.base import Evaluator, Rows
+from cjepa_jax.evaluate.base import ERROR, Evaluator, Rows, binomial_error
 from cjepa_jax.evaluate.frozen import AVERAGE, Frozen
 from cjepa_jax.evaluate.sets import spread
 
@@ -47,6 +47,8 @@ class Accuracy(Evaluator):
             images = sums.pop("images", 0)
             require(images > 0, f"data.test_split = {frozen.data.test_split!r}: none of its images can be read")
             rows[name] = {key: value / images for key, value in sums.items()} | {"images": int(images)}
+            shares = {key: rows[name][key] for key in ("top1", "top5")}
+            rows[name][ERROR] = {key: binomial_error(share, int(images)) for key, share in shares.items()}
         return rows
 
     def metrics(self, rows: Rows) -> dict[str, float]:

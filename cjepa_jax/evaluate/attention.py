@@ -48,6 +48,7 @@ class Attention(Evaluator):
     name: ClassVar[str] = "attention"
     needs_labels: ClassVar[bool] = False
     numbers: ClassVar[tuple[str, ...]] = ("entropy of attention / log N",)
+    pictures: ClassVar[tuple[str, ...]] = ("attention.png", "components.png")
 
     def __post_init__(self):
         require(len(self.query) in (0, 2), f"attention.query must be () or (row, column), got {self.query}")

@@ -20,6 +20,7 @@ class Evaluator:
     name: ClassVar[str]
     needs_labels: ClassVar[bool] = True
     numbers: ClassVar[tuple[str, ...]] = ()  # measures with a unit of their own; all others are fractions in [0, 1]
+    pictures: ClassVar[tuple[str, ...]] = ()  # what follows the stem in the names of the pictures that `run` draws
 
     @property
     def deepest(self) -> int:
@@ -41,13 +42,33 @@ class Evaluator:
         """
         raise NotImplementedError
 
+    def shown(self, rows: Rows) -> Rows:
+        """Returns the rows as a table shows them; by default they stay as they are."""
+        return rows
+
+    def notes(self, rows: Rows) -> list[str]:
+        """Returns what is to be said below the table, line by line."""
+        return []
+
     def metrics(self, rows: Rows) -> dict[str, float]:
         """Returns what the log of a training shows of the rows, those of the judged encoder first."""
         judged = next(iter(rows.values()))
         return {f"{self.name}/{measure}": value for measure, value in judged.items() if isinstance(value, int | float)}
 
 
+ERROR = "standard error"  # in a row: measure -> its standard error, where it has one
+
+
 def over_draws(found: Sequence[float]) -> dict[str, Any]:
-    """Returns the mean, the sample standard deviation and the single values of a measure over several draws."""
+    """Returns a measure over several draws: mean, sample standard deviation, the mean's standard error, all values.
+
+    A single draw has no standard error.
+    """
     std = float(np.std(found, ddof=1)) if len(found) > 1 else 0.0
-    return {"mean": float(np.mean(found)), "std": std, "draws": list(found)}
+    error = {ERROR: std / len(found) ** 0.5} if len(found) > 1 else {}
+    return {"mean": float(np.mean(found)), "std": std, **error, "draws": list(found)}
+
+
+def binomial_error(share: float, images: int) -> float:
+    """Returns the standard error of an accuracy, a share in [0, 1], that was measured on so many images."""
+    return float((share * (1 - share) / images) ** 0.5)

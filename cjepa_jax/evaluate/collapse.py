@@ -16,13 +16,19 @@ from cjepa_jax import plots
 from cjepa_jax.data import pipeline
 from cjepa_jax.errors import require
 from cjepa_jax.evaluate.base import Evaluator, Rows
-from cjepa_jax.evaluate.frozen import Frozen
+from cjepa_jax.evaluate.frozen import UNTRAINED, Frozen
 from cjepa_jax.evaluate.sets import unit
+from cjepa_jax.files import is_file, read_json
 from cjepa_jax.settings import setting
 from cjepa_jax.train import writer
-from cjepa_jax.train.diagnostics import Watch, diagnose
+from cjepa_jax.train.diagnostics import LIMITS, Watch, diagnose
 
 LIDAR_DELTA = 1e-4  # of the paper: added to the covariance within objects
+_MEANING = {  # of an alarm, by the key of LIMITS
+    "rep/std": "the features of different images are becoming the same",
+    "rep/rank": "the features differ in fewer and fewer directions",
+    "1 - rep/cosine": "the features of all images point more and more in one direction",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +44,7 @@ class Collapse(Evaluator):
     name: ClassVar[str] = "collapse"
     needs_labels: ClassVar[bool] = False
     numbers: ClassVar[tuple[str, ...]] = ("std", "rank", "cosine", "alignment", "uniformity", "LiDAR")
+    pictures: ClassVar[tuple[str, ...]] = ("collapse.png",)
 
     def check(self, frozen: Frozen) -> None:
         """Raises UserError where there are fewer training images than objects."""
@@ -48,18 +55,16 @@ class Collapse(Evaluator):
         )
 
     def run(self, frozen: Frozen, stem: epath.Path | None) -> Rows:
-        """Gives the statistics; draws the spectrum; says when metrics.jsonl should have warned."""
+        """Gives the statistics and a verdict; draws the spectrum; says when metrics.jsonl should have warned."""
         reader = frozen.train
         order = np.random.default_rng(frozen.seed).permutation(len(reader.source))
         view = pipeline.central_view(reader, crop_fraction=frozen.crop_fraction)
-        central = frozen.extractor.split(frozen.params, reader, np.sort(order[: self.images]).tolist(), view)
-        objects = np.sort(order[: self.objects]).tolist()
-        drawn = [
-            frozen.extractor.split(
-                frozen.params, reader, objects, pipeline.random_view(reader, seed=(frozen.seed, number))
-            )
-            for number in range(self.views)
-        ]
+        images, objects = (np.sort(order[:count]).tolist() for count in (self.images, self.objects))
+        with frozen.progress("features of training images", total=len(images), unit="images") as bar:
+            central = frozen.extractor.split(frozen.params, reader, images, view, seen=bar.update)
+        with frozen.progress("features of random views", total=self.views * len(objects), unit="views") as bar:
+            views_of = [pipeline.random_view(reader, seed=(frozen.seed, number)) for number in range(self.views)]
+            drawn = [frozen.extractor.split(frozen.params, reader, objects, view, seen=bar.update) for view in views_of]
         spectra: dict[str, np.ndarray] = {}
         rows: Rows = {}
         for name in frozen.params:
@@ -74,10 +79,67 @@ class Collapse(Evaluator):
                 "spectrum": spectra[name].tolist(),
             }
         if frozen.origin:
-            rows[frozen.judged]["training"] = first_alarms(writer.read(frozen.origin.workdir))
+            workdir, step = frozen.origin.workdir, frozen.origin.networks.step
+            lines = [line for line in writer.read(workdir) if line["step"] <= step]
+            rows[frozen.judged]["training"] = first_alarms(lines)
+            rows[frozen.judged]["verdict"] = verdict(rows, lines, steps=_planned(workdir, lines))
+        elif frozen.params:
+            rows[frozen.judged]["verdict"] = verdict(rows, [], steps=0)
         if stem is not None:
             plots.spectra(spectra, stem.with_name(f"{stem.name}.collapse.png"))
         return rows
+
+    def notes(self, rows: Rows) -> list[str]:
+        """Says the verdict on the judged encoder."""
+        found = next(iter(rows.values())).get("verdict")
+        if not found or not found["compared"]:
+            return ["verdict: none, for want of metrics.jsonl and of an untrained encoder to compare with"]
+        word = "the features are collapsing" if found["alarms"] else "no alarm"
+        return [f"verdict: {word}", *(f"  alarm: {alarm}" for alarm in found["alarms"]), *found["compared"]]
+
+
+def verdict(rows: Rows, lines: Sequence[Mapping[str, Any]], *, steps: int) -> dict[str, list[str]]:
+    """Says which alarms there are and what they mean, and what was compared; the limits are the training alarm's.
+
+    The first of the rows is compared with that of the untrained encoder, where there is one, and the lines of
+    metrics.jsonl of a run of `steps` steps with their start.
+    """
+    alarms, compared = [], []
+    judged, untrained = next(iter(rows.values())), rows.get(UNTRAINED)
+    if untrained is not None and untrained is not judged:
+        shares = []
+        for key, limit in LIMITS.items():
+            name = key.removeprefix("1 - ").removeprefix("rep/")
+            now, before = (1 - row[name] if key.startswith("1 - ") else row[name] for row in (judged, untrained))
+            label = key.replace("rep/", "")
+            shares.append(f"{label} {now / before:.2f} (alarm below {limit})" if before else f"{label} {now:.3g}")
+            if not now >= limit * before:  # NaN is an alarm, too
+                alarms.append(
+                    f"{label} is {now:.3g}, less than {limit} of the untrained encoder's {before:.3g}: {_MEANING[key]}"
+                )
+        compared.append(f"  in multiples of the untrained encoder's on the same images: {', '.join(shares)}")
+    watch = Watch(steps)
+    found = ""
+    for line in lines:
+        if "rep/std" in line:  # others are lines of evaluation
+            found = watch.look(line["step"], line)
+    if watch.courses:
+        compared.append(f"  in metrics.jsonl: {'an' if found else 'no'} alarm at step {lines[-1]['step']}")
+        for key, course in watch.courses.items():
+            if course.since and key in found:
+                alarms.append(
+                    f"in metrics.jsonl {key} is {course.end:.3g}, below its limit of {course.limit:.3g} since step "
+                    f"{course.since}: {_MEANING[key]}"
+                )
+    return {"alarms": alarms, "compared": compared}
+
+
+def _planned(workdir: epath.Path, lines: Sequence[Mapping[str, Any]]) -> int:
+    """Gives the number of steps that the run was meant to have; 0 where its files do not say so."""
+    file = workdir / "config.json"
+    epochs = read_json(file).get("optim.epochs") if is_file(file) else None
+    epoch = lines[-1].get("epoch") if lines else None
+    return round(epochs * lines[-1]["step"] / epoch) if epochs and epoch else 0
 
 
 @jax.jit

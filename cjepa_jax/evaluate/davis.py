@@ -44,6 +44,7 @@ class Davis(Evaluator):
 
     name: ClassVar[str] = "davis"
     needs_labels: ClassVar[bool] = False
+    pictures: ClassVar[tuple[str, ...]] = ("davis.png",)
 
     def check(self, frozen: Frozen) -> None:
         """Raises UserError for a folder that is not in DAVIS' layout."""
@@ -62,7 +63,11 @@ class Davis(Evaluator):
                 patch_size=patch_size,
                 batch_size=frozen.mesh.size,
             )
-            results = {video.name: follow(video) for video in found}
+            results = {}
+            with frozen.progress(f"masks, {name}", total=len(found), unit="videos") as bar:
+                for video in found:
+                    results[video.name] = follow(video)
+                    bar.update()
             if name == frozen.judged and stem is not None and jax.process_index() == 0:
                 _draw(found[:_VIDEOS], results, stem.with_name(f"{stem.name}.davis.png"))
             rows[name] = summary(results)

@@ -120,19 +120,32 @@ class Extractor:
             yield found, sharding.from_local_rows(my_labels, labels)
 
     def split(
-        self, params: Mapping[str, Params], reader: pipeline.Reader, indices: Sequence[int], view: pipeline.View
+        self,
+        params: Mapping[str, Params],
+        reader: pipeline.Reader,
+        indices: Sequence[int],
+        view: pipeline.View,
+        *,
+        seen: Callable[[int], object] = lambda images: None,
     ) -> dict[str, Labelled]:
-        """Returns features [n, L, D] and labels of the readable images at `indices`, by the encoder's name."""
+        """Returns features [n, L, D] and labels of the readable images at `indices`, by the encoder's name.
+
+        `seen` is called after each batch with the number of its images.
+        """
         features: dict[str, list[np.ndarray]] = {name: [] for name in params}
         kept: list[np.ndarray] = []
         waiting: list[Any] = []  # a batch is fetched while the devices work on the next
+        left = len(indices)
 
         def fetch() -> None:
+            nonlocal left
             found, labels = sharding.fetch(waiting.pop())
             read = labels != pipeline.NO_IMAGE
             for name, values in found.items():
                 features[name].append(values[read])
             kept.append(labels[read])
+            seen(min(len(labels), left))
+            left -= len(labels)
 
         for batch in self.batches(params, reader, indices, view):
             if waiting:

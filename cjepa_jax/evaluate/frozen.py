@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+import tqdm
 from etils import epath
 
 from cjepa_jax import pretrained
@@ -81,19 +82,32 @@ class Frozen:
         count = len(reader.source)
         return [int(i) for i in np.sort(np.random.default_rng(0).permutation(count)[: self.images or count])]
 
+    def progress(self, what: str, *, total: int, unit: str) -> tqdm.tqdm:
+        """Makes a bar of progress, which also times; where stderr is no terminal it is renewed once a minute.
+
+        There is none while the encoders are still in training.
+        """
+        interval = 0.1 if sys.stderr.isatty() else 60.0
+        hidden = self.origin is None or jax.process_index() != 0
+        return tqdm.tqdm(
+            desc=what, total=total, unit=f" {unit}", disable=hidden, mininterval=interval, maxinterval=max(interval, 10)
+        )
+
     @functools.cached_property
     def train_features(self) -> dict[str, Labelled]:
         """Returns each encoder's features [n, layers, D] of central crops of the training images."""
-        return self._features(self.train)
+        return self._features(self.train, "training")
 
     @functools.cached_property
     def test_features(self) -> dict[str, Labelled]:
         """Returns each encoder's features [n, layers, D] of central crops of the test images."""
-        return self._features(self.test)
+        return self._features(self.test, "test")
 
-    def _features(self, reader: pipeline.Reader) -> dict[str, Labelled]:
+    def _features(self, reader: pipeline.Reader, which: str) -> dict[str, Labelled]:
         view = pipeline.central_view(reader, crop_fraction=self.crop_fraction)
-        return self.extractor.split(self.params, reader, self.sampled(reader), view)
+        indices = self.sampled(reader)
+        with self.progress(f"features of {which} images", total=len(indices), unit="images") as bar:
+            return self.extractor.split(self.params, reader, indices, view, seen=bar.update)
 
     def splits(self, *, layers: int = 1) -> dict[str, Splits]:
         """Returns each encoder's features of both splits, those of its last `layers` blocks side by side.

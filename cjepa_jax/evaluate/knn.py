@@ -15,7 +15,7 @@ from etils import epath
 from jaxtyping import Array, Float, Int
 
 from cjepa_jax.errors import require
-from cjepa_jax.evaluate.base import Evaluator, Rows, over_draws
+from cjepa_jax.evaluate.base import ERROR, Evaluator, Rows, binomial_error, over_draws
 from cjepa_jax.evaluate.frozen import Frozen
 from cjepa_jax.evaluate.sets import Labelled, few, unit
 from cjepa_jax.settings import setting
@@ -50,17 +50,26 @@ class Knn(Evaluator):
     def run(self, frozen: Frozen, stem: epath.Path | None) -> Rows:
         """Gives accuracies of the weighted and the plain vote, and of the weighted one with few labels."""
         rows: Rows = {}
-        for name, (train, test) in frozen.splits().items():
-            judge = functools.partial(accuracies, test=test, classes=frozen.classes, mesh=frozen.mesh)
-            k = min(self.neighbours, len(train.labels))
-            weighted, plain = judge(train, k=k, temperatures=[self.temperature, None])
-            rows[name] = {"weighted": weighted, "plain": plain}
-            if self.shots:
-                found = []
-                for chosen in few(train.labels, shots=self.shots, draws=self.draws, seed=frozen.seed):
-                    k = min(self.neighbours, len(chosen))
-                    found += judge(train.take(chosen), k=k, temperatures=[self.temperature])
-                rows[name][f"weighted, {self.shots} a class"] = over_draws(found)
+        splits = frozen.splits()
+        banks = len(splits) * (1 + self.draws * bool(self.shots))
+        with frozen.progress("nearest neighbours", total=banks, unit="sets of labels") as bar:
+            for name, (train, test) in splits.items():
+                judge = functools.partial(accuracies, test=test, classes=frozen.classes, mesh=frozen.mesh)
+                k = min(self.neighbours, len(train.labels))
+                weighted, plain = judge(train, k=k, temperatures=[self.temperature, None])
+                bar.update()
+                found = {"weighted": weighted, "plain": plain}
+                rows[name] = {
+                    **found,
+                    ERROR: {key: binomial_error(value, len(test.labels)) for key, value in found.items()},
+                }
+                if self.shots:
+                    drawn = []
+                    for chosen in few(train.labels, shots=self.shots, draws=self.draws, seed=frozen.seed):
+                        k = min(self.neighbours, len(chosen))
+                        drawn += judge(train.take(chosen), k=k, temperatures=[self.temperature])
+                        bar.update()
+                    rows[name][f"weighted, {self.shots} a class"] = over_draws(drawn)
         return rows
 
     def metrics(self, rows: Rows) -> dict[str, float]:

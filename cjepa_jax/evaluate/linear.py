@@ -12,14 +12,15 @@ from etils import epath
 from cjepa_jax import pretrained
 from cjepa_jax.data import pipeline
 from cjepa_jax.errors import require
-from cjepa_jax.evaluate import linear_grid
-from cjepa_jax.evaluate.base import Evaluator, Rows
+from cjepa_jax.evaluate import linear_grid, report
+from cjepa_jax.evaluate.base import ERROR, Evaluator, Rows, binomial_error
 from cjepa_jax.evaluate.features import Extractor
 from cjepa_jax.evaluate.frozen import PIXELS, Frozen
 from cjepa_jax.evaluate.sets import Labelled, last, spread
 from cjepa_jax.models.vit import parse_size
 from cjepa_jax.settings import setting
 
+_EXPORTED = " (exported)"
 Batches = Iterator[tuple[dict[str, jax.Array], jax.Array]]
 
 
@@ -87,9 +88,10 @@ class Linear(Evaluator):
         test = {key: sets[depth][name].test for key, (name, depth) in keys.items()}
         epochs = longer * self.epochs
 
-        def fit(batches: Iterator[Batches], members: Mapping[str, Any]) -> dict[str, linear_grid.Probe]:
+        def fit(batches: Iterator[Batches], members: Mapping[str, Any], what: str) -> dict[str, linear_grid.Probe]:
             every = longer * self.decay_every
-            return linear_grid.fit(batches, members, decay_every=every, classes=frozen.classes)
+            with frozen.progress(what, total=epochs, unit="epochs") as bar:
+                return linear_grid.fit(_counted(batches, bar), members, decay_every=every, classes=frozen.classes)
 
         def cached(images: Mapping[str, Labelled]) -> Iterator[Batches]:
             return _cached(images, epochs=epochs, batch_size=self.batch_size, seed=seed, mesh=mesh)
@@ -100,30 +102,28 @@ class Linear(Evaluator):
         if self.augment:
             rest = np.setdiff1d(order, held)
             view = pipeline.central_view(frozen.train, crop_fraction=frozen.crop_fraction)
-            found = frozen.extractor.split(frozen.params, frozen.train, held.tolist(), view)
+            with frozen.progress("features of held-out images", total=len(held), unit="images") as bar:
+                found = frozen.extractor.split(frozen.params, frozen.train, held.tolist(), view, seen=bar.update)
             valid = {key: found[name].last(depth) for key, (name, depth) in keys.items()}
             batches = _augmented(frozen, rest, keys, epochs=epochs, batch_size=self.batch_size)
-            probes = fit(batches, everything)
+            probes = fit(batches, everything, f"a grid of {len(rates)} linear probes")
         else:
             rows = len(next(iter(train.values())).labels)  # fewer than there are images, where some cannot be read
             held = held[held < rows]
             rest = np.setdiff1d(np.arange(rows), held)
             valid = {key: images.take(held) for key, images in train.items()}
-            probes = fit(cached({key: images.take(rest) for key, images in train.items()}), everything)
+            some = {key: images.take(rest) for key, images in train.items()}
+            probes = fit(cached(some), everything, f"a grid of {len(rates)} linear probes")
         scores = {key: linear_grid.accuracies(probes[key], valid[key], mesh=mesh) for key in keys}
         best = {key: int(score.argmax()) for key, score in scores.items()}
         if self.augment:
             tested = {key: linear_grid.accuracies(probes[key], test[key], mesh=mesh)[best[key]] for key in keys}
         else:
-            probes = fit(cached(train), {key: (rates[[i]], decays[[i]]) for key, i in best.items()})
+            members = {key: (rates[[i]], decays[[i]]) for key, i in best.items()}
+            probes = fit(cached(train), members, "the chosen probes, on all images")
             tested = {key: linear_grid.accuracies(probes[key], test[key], mesh=mesh)[0] for key in keys}
 
-        # Else positions were interpolated.
-        if stem is not None and 1 in depths and frozen.data.image_size == frozen.trained_size:
-            key = f"{frozen.judged}, 1"
-            head = linear_grid.fold(probes[key], best[key] if self.augment else 0)
-            _save_with_head(frozen, stem.with_name(f"{stem.name}.linear"), head)
-
+        images = len(next(iter(test.values())).labels)
         results: Rows = {}
         for name in frozen.params:
             mine = [key for key in keys if keys[key][0] == name]
@@ -134,9 +134,11 @@ class Linear(Evaluator):
                 "learning rate": float(rates[best[chosen]]),
                 "weight decay": float(decays[best[chosen]]),
                 "held-out": float(scores[chosen].max()),
+                ERROR: {"linear": binomial_error(float(tested[chosen]), images)},
                 "all": {
                     f"last {keys[key][1]} layers": {
                         "test": float(tested[key]),
+                        ERROR: binomial_error(float(tested[key]), images),
                         "learning rate": float(rates[best[key]]),
                         "weight decay": float(decays[best[key]]),
                         "held-out accuracy of the grid": [
@@ -147,21 +149,65 @@ class Linear(Evaluator):
                     for key in mine
                 },
             }
+        if stem is not None and 1 in depths and frozen.data.image_size == frozen.trained_size:
+            key, path = f"{frozen.judged}, 1", stem.with_name(f"{stem.name}.linear")
+            head = linear_grid.fold(probes[key], best[key] if self.augment else 0)
+            results[frozen.judged]["exported"] = str(path)
+            exported = {name.removeprefix("* "): row for name, row in self.shown(results).items() if _EXPORTED in name}
+            _save_with_head(frozen, path, head, exported)
         return results
+
+    def shown(self, rows: Rows) -> Rows:
+        """Returns a row a representation, and says which one was chosen and which one's classifier is exported."""
+        found: Rows = {}
+        for name, row in rows.items():
+            for layers, probe in row["all"].items():
+                depth = int(layers.split()[1])
+                of = "" if name == PIXELS else ", last layer" if depth == 1 else f", last {depth} layers"
+                marks = _EXPORTED * ("exported" in row and depth == 1)
+                found[f"{'* ' * (depth == row['layers'] and len(row['all']) > 1)}{name}{of}{marks}"] = {
+                    "linear": probe["test"],
+                    "learning rate": probe["learning rate"],
+                    "weight decay": probe["weight decay"],
+                    "held-out": max(score for *_, score in probe["held-out accuracy of the grid"]),
+                    ERROR: {"linear": probe[ERROR]},
+                }
+        return found
+
+    def notes(self, rows: Rows) -> list[str]:
+        """Says what the marks mean, and where the exported classifier is."""
+        judged = next(iter(rows.values()))
+        chosen = ["* is the representation that the held-out training images choose"] if len(judged["all"]) > 1 else []
+        return chosen + (
+            [f"exported with its head, the probe of the last layer: {judged['exported']}"]
+            if "exported" in judged
+            else ["no probe is exported: linear.layers lacks 1, or images have another size than in training"]
+        )
 
     def metrics(self, rows: Rows) -> dict[str, float]:
         """Shows the accuracy of the judged encoder."""
         return {"linear": next(iter(rows.values()))["linear"]}
 
 
-def _save_with_head(frozen: Frozen, path: epath.Path, head: dict[str, np.ndarray]) -> None:
-    """Writes the encoder with a classifier on its features as a checkpoint, in the place of one that may be there."""
+def _counted(batches: Iterator[Batches], bar: Any) -> Iterator[Batches]:
+    for epoch in batches:
+        yield epoch
+        bar.update()
+
+
+def _save_with_head(frozen: Frozen, path: epath.Path, head: dict[str, np.ndarray], row: Rows) -> None:
+    """Writes the encoder with a classifier on its features as a checkpoint, in the place of one that may be there.
+
+    The row of the table that is about this classifier goes with it, as its evaluation.json.
+    """
     assert frozen.origin
     if path.exists():
         path.rmtree()
     networks, encoder = frozen.origin.networks, frozen.origin.encoder
     params = {encoder: networks.params[encoder], "head": head}
     pretrained.save(path, networks._replace(params=params, classes=frozen.train.source.classes, predictor=None))
+    about = {"method": "linear", "checkpoint": str(frozen.origin.workdir), "step": networks.step, "encoder": encoder}
+    report.write(path / "evaluation.json", frozen, {"linear": row}, report.describe(frozen, {}, **about), seconds=0.0)
 
 
 def _cached(

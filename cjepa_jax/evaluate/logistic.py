@@ -13,7 +13,7 @@ import optax
 from etils import epath
 from jaxtyping import PyTree
 
-from cjepa_jax.evaluate.base import Evaluator, Rows, over_draws
+from cjepa_jax.evaluate.base import ERROR, Evaluator, Rows, binomial_error, over_draws
 from cjepa_jax.evaluate.frozen import Frozen
 from cjepa_jax.evaluate.sets import Labelled, few, spread
 from cjepa_jax.settings import setting
@@ -38,16 +38,25 @@ class Logistic(Evaluator):
     def run(self, frozen: Frozen, stem: epath.Path | None) -> Rows:
         """Gives the accuracy with all labels, and those of draws of few."""
         rows: Rows = {}
-        for name, (train, test) in frozen.splits().items():
-            judge = functools.partial(accuracy, test=test, classes=frozen.classes, mesh=frozen.mesh)
-            rows[name] = {"all labels": judge(train)}
-            ways = {f"{shots} a class": shots for shots in self.shots}
-            if self.fraction:
-                part = max(1, round(self.fraction * len(train.labels) / frozen.classes))
-                ways = {f"{100 * self.fraction:g} % of labels": part} | ways
-            for way, shots in ways.items():
-                drawn = few(train.labels, shots=shots, draws=self.draws, seed=frozen.seed)
-                rows[name][way] = over_draws([judge(train.take(chosen)) for chosen in drawn])
+        splits = frozen.splits()
+        fits = len(splits) * (1 + self.draws * (len(self.shots) + bool(self.fraction)))
+        with frozen.progress("logistic regressions", total=fits, unit="fits") as bar:
+            for name, (train, test) in splits.items():
+
+                def judge(some: Labelled, test: Labelled = test) -> float:
+                    found = accuracy(some, test, classes=frozen.classes, mesh=frozen.mesh)
+                    bar.update()
+                    return found
+
+                whole = judge(train)
+                rows[name] = {"all labels": whole, ERROR: {"all labels": binomial_error(whole, len(test.labels))}}
+                ways = {f"{shots} a class": shots for shots in self.shots}
+                if self.fraction:
+                    part = max(1, round(self.fraction * len(train.labels) / frozen.classes))
+                    ways = {f"{self.fraction:g} of labels": part} | ways
+                for way, shots in ways.items():
+                    drawn = few(train.labels, shots=shots, draws=self.draws, seed=frozen.seed)
+                    rows[name][way] = over_draws([judge(train.take(chosen)) for chosen in drawn])
         return rows
 
     def metrics(self, rows: Rows) -> dict[str, float]:

@@ -4,6 +4,7 @@ import datetime
 import json
 import platform
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
@@ -11,8 +12,9 @@ from typing import Any
 import jax
 from etils import epath
 
+from cjepa_jax.data.sources import Source
 from cjepa_jax.errors import UserError, require
-from cjepa_jax.evaluate.base import Evaluator, Rows
+from cjepa_jax.evaluate.base import ERROR, Evaluator, Rows
 from cjepa_jax.evaluate.frozen import Frozen
 from cjepa_jax.files import read_json, write_whole
 
@@ -79,29 +81,59 @@ def is_of(workdir: epath.Path, step: int) -> bool:
         return False
 
 
+def header(frozen: Frozen) -> str:
+    """Says what is judged, by which images, and what guessing their classes would reach; of splits in use so far."""
+    assert frozen.origin
+    workdir, encoder, networks = frozen.origin
+    model, data = networks.model, frozen.data
+    lines = [f"{workdir}, step {networks.step}: {encoder}, {model.size}/{model.patch_size}"]
+    for split, reader in frozen.readers.items():
+        name = data.train_split if split == "train" else data.test_split
+        classes = len(reader.source.classes)
+        of = f" of {classes} classes" if classes else ""
+        lines.append(f"{split} images: {len(reader.source)}{of}, {data.name or data.source} {name!r}")
+        if classes and split == "test":
+            lines.append(f"guessing reaches {100 / classes:.2f} %" + _commonest(reader.source))
+    return "\n".join(lines)
+
+
+def _commonest(source: Source) -> str:
+    """Says how many images are of the commonest class, where labels can be had without reading the images."""
+    labels = [label for label in source.labels() if label is not None] if source.label else []
+    if not labels:
+        return ""
+    (label, count), *_ = Counter(labels).most_common(1)
+    return f", always the commonest class, {source.classes[label]!r}, {100 * count / len(labels):.2f} %"
+
+
 def table(evaluator: Evaluator, rows: Rows) -> str:
-    """Shows a row an encoder; of its measures the numbers, shares of images as %."""
+    """Shows a row an encoder; of its measures the numbers, shares of images as %, and their standard errors."""
+    shown = evaluator.shown(rows)
     columns = [
         key
-        for key, value in next(iter(rows.values())).items()
+        for key, value in next(iter(shown.values())).items()
         if isinstance(value, int | float) or "mean" in _dict(value)
     ]
     percent = {key: key not in evaluator.numbers and key != "images" for key in columns}
     head = [evaluator.name, *(f"{key} %" if percent[key] else key for key in columns)]
     body = [
-        [name, *(_cell(row[key], percent=percent[key]) if key in row else "" for key in columns)]
-        for name, row in rows.items()
+        [name, *(_cell(row, key, percent=percent[key]) if key in row else "" for key in columns)]
+        for name, row in shown.items()
     ]
     widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in (head, *body)]
-    return "\n" + "\n".join(lines)
+    with_errors = any("+-" in cell for line in body for cell in line)
+    legend = ["+- is one standard error: over the test images, and where there are draws of labels, over these"]
+    return "\n".join(["", *lines, *(legend if with_errors else []), *evaluator.notes(rows)])
 
 
 def _dict(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _cell(value: Any, *, percent: bool) -> str:
+def _cell(row: Mapping[str, Any], key: str, *, percent: bool) -> str:
+    value, error = row[key], row.get(ERROR, {}).get(key)
     if isinstance(value, dict):
-        return f"{_cell(value['mean'], percent=percent)} +- {_cell(value['std'], percent=percent)}"
-    return f"{100 * value:.2f}" if percent else f"{value:.4g}"
+        value, error = value["mean"], value.get(ERROR)
+    cells = [f"{100 * x:.2f}" if percent else f"{x:.4g}" for x in (value, error) if x is not None]
+    return " +- ".join(cells)

@@ -661,9 +661,18 @@ def test_the_card_reads_every_format_of_the_evaluation(tmp_path, settings, encod
     (tmp_path / "config.json").write_text(json.dumps({"optim.epochs": 1.0, **settings}))
     (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
     (tmp_path / "metrics.jsonl").write_text("")
+    (tmp_path / "evaluation").mkdir()
+    row = {"linear": 0.25, "standard error": {"linear": 0.0625}, "1 % of labels": {"mean": 0.5, "standard error": 0.1}}
+    command = {"results": {"linear": {"its own": row | {"exported": "x"}}}, "encoder": encoder.removeprefix("ema_")}
+    command |= {"images": {"test": {"images": 48}}, "data": {"test_split": "val"}}
+    for step in (6, 7):
+        (tmp_path / f"evaluation/step{step}.linear.json").write_text(json.dumps(command | {"step": step}))
     text = card.readme(make_networks(), card.read_run(epath.Path(tmp_path), step=7, encoder=encoder))
+    table = "| linear | linear | 1 percent of labels |\n|---|---|---|\n| its own | 0.25 ± 0.062 | 0.5 ± 0.1 |\n"
+    command_says = f"\nOn 48 test images (`val`):\n\n{table}"
+    assert text.count(command_says) == 1  # only that of this step
     for words in said:
-        assert words in text
+        assert words in text.replace(command_says, "")
     other = "encoder" if encoder == "target_encoder" else "target_encoder"
     assert "Not measured." in card.readme(make_networks(), card.read_run(epath.Path(tmp_path), step=7, encoder=other))
 

@@ -1,6 +1,6 @@
 """Writes the model card: what the checkpoint is, and the numbers that its own run measured."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -23,7 +23,14 @@ _SETTINGS = (
 )
 
 
-Table = Mapping[str, Mapping[str, float]]  # encoder or baseline -> measure -> number
+Table = Mapping[str, Mapping[str, str]]  # encoder or baseline -> measure -> number, and its standard error
+
+
+class Measured(NamedTuple):
+    """Holds what a file says about the quality of the checkpoint."""
+
+    where: str  # on which images
+    tables: Mapping[str, Table]  # by evaluator
 
 
 class Run(NamedTuple):
@@ -33,7 +40,7 @@ class Run(NamedTuple):
     encoder: str  # the name of the encoder that is converted
     config: Mapping[str, Any] = MappingProxyType({})
     metrics: Mapping[str, float] = MappingProxyType({})  # the last ones logged up to the checkpoint
-    evaluation: Mapping[str, Table] = MappingProxyType({})  # a table per evaluator
+    evaluation: Sequence[Measured] = ()  # by the run itself and, afterwards, by the command
 
     @property
     def crop_fraction(self) -> float:
@@ -48,17 +55,33 @@ def read_run(workdir: epath.Path, *, step: int, encoder: str) -> Run:
     for line in lines:  # a step may have two lines, one of training and one of evaluation
         if line["step"] <= step:
             last = (last if line["step"] == last.get("step") else {}) | line
-    path = workdir / "evaluation.json"
     config = read_json(workdir / "config.json")
-    evaluation = read_json(path) if path.exists() else {}
     # evaluation.json is written at the end of a run, about the target encoder where the method has one.
     has_target = "target_encoder" in find_method(config).averaged
-    its_own = (encoder == "target_encoder") == has_target and (not lines or lines[-1]["step"] <= step)
-    try:
-        tables = _tables(evaluation) if its_own else {}
-    except (AttributeError, TypeError, RecursionError):
-        raise UserError(f"{path} is damaged: it holds no tables of numbers") from None
-    return Run(workdir.name, encoder, config, last, tables)
+    at_the_end = (encoder == "target_encoder") == has_target and (not lines or lines[-1]["step"] <= step)
+    measured = []
+    for path in (workdir / "evaluation.json", *sorted((workdir / "evaluation").glob("*.json"))):
+        evaluation = read_json(path) if path.exists() else {}
+        of = evaluation.get("encoder")  # where the command has written it
+        its_own = at_the_end if of is None else (of, evaluation.get("step")) == (encoder.removeprefix("ema_"), step)
+        try:
+            tables = _tables(evaluation) if its_own else {}
+            if tables:
+                measured.append(Measured(_where(evaluation, config), tables))
+        except (AttributeError, TypeError, KeyError, RecursionError):
+            raise UserError(f"{path} is damaged: it holds no tables of numbers") from None
+    return Run(workdir.name, encoder, config, last, measured)
+
+
+def _where(evaluation: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """Says on which images an evaluation was made."""
+    images, data = evaluation.get("images", {}), evaluation.get("data", {})
+    splits = [
+        f"{images[split]['images']} {what} (`{data[f'{split}_split']}`)"
+        for split, what in (("train", "training images"), ("test", "test images"))
+        if split in images and f"{split}_split" in data
+    ]
+    return " and ".join(splits) or f"the run's own test split (`{config.get('data.test_split')}`)"
 
 
 def _tables(evaluation: Mapping[str, Any]) -> dict[str, Table]:
@@ -72,16 +95,25 @@ def _tables(evaluation: Mapping[str, Any]) -> dict[str, Table]:
         results = {"": results}
     tables: dict[str, Table] = {}
     for evaluator, rows in results.items():
-        table = {name: {key: x for key in row if (x := _number(row[key])) is not None} for name, row in rows.items()}
+        table = {name: {_plain(key): x for key in row if (x := _number(row, key))} for name, row in rows.items()}
         if any(table.values()):
             tables[evaluator] = table
     return tables
 
 
-def _number(value: Any) -> float | None:
-    """Returns a measure's number, or its mean over draws; None where it is something else, such as a list."""
-    number = value.get("mean") if isinstance(value, dict) else value
-    return number if isinstance(number, int | float) else None
+def _number(row: Mapping[str, Any], key: str) -> str:
+    """Writes a measure's number, or its mean over draws, with its standard error; "" for anything else."""
+    number, error = row[key], row.get("standard error", {}).get(key)
+    if isinstance(number, dict):
+        number, error = number.get("mean"), number.get("standard error")
+    if not isinstance(number, int | float):
+        return ""
+    return f"{number:.4g}" + (f" ± {error:.2g}" if error is not None else "")
+
+
+def _plain(measure: str) -> str:
+    """Returns the name of a measure without the sign % that it once had, because the numbers are fractions."""
+    return measure.replace("%", "percent")
 
 
 def _training(config: Mapping[str, Any]) -> str:
@@ -134,12 +166,14 @@ feature of an image is their mean. Normalisation: mean {_numbers(networks.mean)}
         text += "".join(f"| `{key}` | {value:.4g} |\n" for key, value in run.metrics.items() if key not in left_out)
     text += "\n## Evaluation\n\n"
     if run.evaluation:
-        text += f"As the run measured it, on its own test split (`{run.config.get('data.test_split')}`):\n"
-        for evaluator, table in run.evaluation.items():
-            keys = list(dict.fromkeys(key for row in table.values() for key in row))
-            text += f"\n| {evaluator} | {' | '.join(keys)} |\n|---{'|---' * len(keys)}|\n"
-            for name, row in table.items():
-                text += f"| {name} | {' | '.join(f'{row[key]:.4g}' if key in row else '' for key in keys)} |\n"
+        text += "Accuracies are fractions of 1; ± is one standard error.\n"
+        for where, tables in run.evaluation:
+            text += f"\nOn {where}:\n"
+            for evaluator, table in tables.items():
+                keys = list(dict.fromkeys(key for row in table.values() for key in row))
+                text += f"\n| {evaluator} | {' | '.join(keys)} |\n|---{'|---' * len(keys)}|\n"
+                for name, row in table.items():
+                    text += f"| {name} | {' | '.join(row.get(key, '') for key in keys)} |\n"
     else:
         text += "Not measured.\n"
     model = "IJepaForImageClassification" if head else "IJepaModel"

@@ -62,7 +62,7 @@ def read_run(workdir: epath.Path, *, step: int, encoder: str) -> Run:
     measured = []
     for path in (workdir / "evaluation.json", *sorted((workdir / "evaluation").glob("*.json"))):
         evaluation = read_json(path) if path.exists() else {}
-        of = evaluation.get("encoder")  # where the command has written it
+        of = evaluation.get("encoder", evaluation.get("tower"))  # where the command has written it; its former name
         its_own = at_the_end if of is None else (of, evaluation.get("step")) == (encoder.removeprefix("ema_"), step)
         try:
             tables = _tables(evaluation) if its_own else {}
@@ -75,7 +75,7 @@ def read_run(workdir: epath.Path, *, step: int, encoder: str) -> Run:
 
 def _where(evaluation: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     """Says on which images an evaluation was made."""
-    images, data = evaluation.get("images", {}), evaluation.get("data", {})
+    images, data = (found if isinstance(found := evaluation.get(key), dict) else {} for key in ("images", "data"))
     splits = [
         f"{images[split]['images']} {what} (`{data[f'{split}_split']}`)"
         for split, what in (("train", "training images"), ("test", "test images"))
@@ -103,9 +103,11 @@ def _tables(evaluation: Mapping[str, Any]) -> dict[str, Table]:
 
 def _number(row: Mapping[str, Any], key: str) -> str:
     """Writes a measure's number, or its mean over draws, with its standard error; "" for anything else."""
-    number, error = row[key], row.get("standard error", {}).get(key)
-    if isinstance(number, dict):
-        number, error = number.get("mean"), number.get("standard error")
+    value = row[key]
+    drawn = (
+        value if isinstance(value, dict) else {"mean": value, "standard error": row.get("standard error", {}).get(key)}
+    )
+    number, error = drawn.get("mean"), drawn.get("standard error")
     if not isinstance(number, int | float):
         return ""
     return f"{number:.4g}" + (f" ± {error:.2g}" if error is not None else "")

@@ -156,6 +156,14 @@ class Ema:
 
     start: float = setting(0.996, "Momentum at the first step.", within="[0, 1]")
     end: float = setting(1.0, "Momentum at the last step.", within="[0, 1]")
+    warmup: bool = setting(
+        False, "Whether the momentum of step t, from 0, is (1 + t) / (10 + t) at most, which suits runs of any length."
+    )
+
+    @property
+    def off(self) -> bool:
+        """Tells whether there is no average."""
+        return self.start == self.end == 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

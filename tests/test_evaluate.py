@@ -284,6 +284,11 @@ def test_accuracy_counts_by_the_book(workdir, tmp_path):
     expected = -logs[np.arange(150), test.labels][counted].mean()
     assert rows["parameters"]["loss"] == pytest.approx(expected, rel=1e-4) != rows["average"]["loss"]
     assert accuracy.metrics(rows).keys() == {"top1", "top5", "ema_top1", "ema_top5"}
+    frozen.heads = {"parameters": {name: x[..., :6] for name, x in head.items()}}
+    test.labels[:] %= 6
+    few = accuracy.run(frozen, None)
+    assert few["parameters"].keys() == {"top1", "loss", "images", "standard error"}  # of six classes five say nothing
+    assert few["parameters"]["standard error"].keys() == {"top1"} == accuracy.metrics(few).keys()
     with pytest.raises(UserError, match="the checkpoint has no head"):
         accuracy.check(freeze(workdir, "encoder", settings(), baselines=False))
 

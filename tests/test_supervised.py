@@ -14,7 +14,7 @@ from etils import epath
 
 from cjepa_jax import pretrained
 from cjepa_jax.batch import Batch
-from cjepa_jax.config import Model
+from cjepa_jax.config import Ema, Model
 from cjepa_jax.data import pipeline, sources
 from cjepa_jax.errors import UserError
 from cjepa_jax.methods.supervised import MixedImages, Supervised, SupervisedConfig
@@ -23,7 +23,7 @@ from cjepa_jax.settings import parse
 from cjepa_jax.train import nonfinite, optimizer, sharding, step
 from cjepa_jax.train.loop import train
 from cjepa_jax.train.writer import TIMED
-from configs import finetune_digits, finetune_vitb16
+from configs import finetune_digits, finetune_folder, finetune_vitb16
 from tests import commands
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -207,6 +207,32 @@ def test_adamw_with_layer_decay_is_torchs_with_parameter_groups():
         adamw.step()
     for name, p in theirs.items():
         np.testing.assert_allclose(params["encoder"][name]["x"], p.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_average_of_a_short_run_follows_the_parameters():
+    """Parameters rise from 0 to 1 over 180 steps: the momentum of 0.9999 alone would leave the average near 0."""
+    values = {}
+    for warmup in (False, True):
+        schedule = optimizer.ema_step_size(Ema(start=0.9999, end=0.9999, warmup=warmup), 180)
+        steps = [float(schedule(t)) for t in range(180)]
+        average = 0.0
+        for t, size in enumerate(steps):
+            average += size * ((t + 1) / 180 - average)
+        values[warmup] = average
+    assert values[False] < 0.01 and 0.85 < values[True] < 0.95
+    np.testing.assert_allclose(steps, [1 - min(0.9999, (1 + t) / (10 + t)) for t in range(180)], rtol=1e-5)
+
+
+def test_the_folders_config_follows_checkpoint_and_batch(network):
+    chosen = parse(finetune_folder.get_config().to_dict(), SupervisedConfig)
+    assert chosen.rate_scale == 0.25
+    loaded = pretrained.load(network, ("target_encoder",))
+    done = Supervised.resolve(chosen, "x", loaded._replace(mean=chosen.data.mean, std=chosen.data.std))
+    assert (done.data.image_size, done.model.size, done.model.patch_size) == (8, "16x2x2", 2)
+    random = {"model": {"encoder": "random", "size": "16x2x2", "patch_size": 2}, "eval": {"every": 1}}
+    scratch = parse(random | {"data": {"source": "digits", "image_size": 0}}, SupervisedConfig)
+    with pytest.raises(UserError, match=r"data\.image_size = 0 follows the checkpoint --init, which is missing"):
+        Supervised.resolve(scratch, "None", None)
 
 
 # Whole runs

@@ -35,7 +35,7 @@ class Accuracy(Evaluator):
             )
 
     def run(self, frozen: Frozen, stem: epath.Path | None) -> Rows:
-        """Gives top 1, top 5 and the mean cross entropy; with fewer than five classes top 5 is all of them."""
+        """Gives top 1, the mean cross entropy and, where five are at most half of the classes, top 5."""
         rows: Rows = {}
         for name, head in frozen.heads.items():
             test = frozen.test_features[name].last(1)
@@ -46,15 +46,18 @@ class Accuracy(Evaluator):
                 sums = {key: sums.get(key, 0) + value.item() for key, value in found.items()}
             images = sums.pop("images", 0)
             require(images > 0, f"data.test_split = {frozen.data.test_split!r}: none of its images can be read")
-            rows[name] = {key: value / images for key, value in sums.items()} | {"images": int(images)}
-            shares = {key: rows[name][key] for key in ("top1", "top5")}
+            kept = [key for key in sums if key != "top5" or head["bias"].shape[0] >= 10]
+            rows[name] = {key: sums[key] / images for key in kept} | {"images": int(images)}
+            shares = {key: rows[name][key] for key in kept if key != "loss"}
             rows[name][ERROR] = {key: binomial_error(share, int(images)) for key, share in shares.items()}
         return rows
 
     def metrics(self, rows: Rows) -> dict[str, float]:
-        """Shows top 1 and top 5 of the parameters and, as ema_top1 and ema_top5, of their average."""
+        """Shows top 1 and any top 5 of the parameters and, as ema_top1 and ema_top5, of their average."""
         prefix = {AVERAGE: "ema_"}
-        return {prefix.get(name, "") + key: row[key] for name, row in rows.items() for key in ("top1", "top5")}
+        return {
+            prefix.get(name, "") + key: row[key] for name, row in rows.items() for key in ("top1", "top5") if key in row
+        }
 
 
 @jax.jit

@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from cjepa_jax.batch import Batch
-from cjepa_jax.config import Config, Ema, Eval, Model, Optim
+from cjepa_jax.config import Config, Data, Eval, Model, Optim
 from cjepa_jax.data.augment import Augmentation
 from cjepa_jax.data.randaugment import RandAugment
 from cjepa_jax.errors import require
@@ -24,6 +24,13 @@ from cjepa_jax.models.vit import Encoder, build_encoder, drop_path, normalise, p
 from cjepa_jax.settings import group, required, setting
 
 _HEAD_STD = 2e-5  # MAE's
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TunedData(Data):
+    """Where images come from and how they are cropped."""
+
+    image_size: int = setting(224, "Pixels a side after cropping; 0: as the checkpoint has it.", within="[0, 8192]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,6 +94,7 @@ class SupervisedConfig(Config):
     """Settings of fine-tuning, or of supervised training from scratch."""
 
     method: str = setting("supervised", "What is trained; see docs/architecture.md.")
+    data: TunedData = group(TunedData, "Where images come from and how they are cropped.")
     model: TunedModel = group(TunedModel, "What of the checkpoint is tuned, and how it is computed.")
     augment: Augment = group(Augment, "What is done to crops and labels, after the flip.")
     optim: TunedOptim = group(TunedOptim, "AdamW, its schedules, and smaller steps for lower layers.")
@@ -193,7 +201,7 @@ class Supervised(Method):
 
     def networks(self, params: Params, averages: Params) -> dict[str, Any]:
         """Leaves the averages out where they are switched off."""
-        return dict(params) if self.config.ema == Ema(start=0.0, end=0.0) else {**averages, **params}
+        return dict(params) if self.config.ema.off else {**averages, **params}
 
     @classmethod
     def networks_of_init(cls, config: Any) -> tuple[str, ...]:
@@ -210,6 +218,7 @@ class Supervised(Method):
                 "--init is missing, e.g. --init=runs/vitb16; without it, model.encoder=random, model.size and "
                 "model.patch_size say what is trained from scratch",
             )
+            require(config.data.image_size > 0, "data.image_size = 0 follows the checkpoint --init, which is missing")
             return config
         for key in ("size", "patch_size"):
             given, wanted = getattr(model, key), getattr(networks.model, key)
@@ -218,7 +227,8 @@ class Supervised(Method):
             given, wanted = getattr(config.data, key), getattr(networks, key)
             require(given == wanted, f"data.{key} = {given}, but --init {path} was trained with {wanted}")
         taken = {key: getattr(networks.model, key) for key in ("size", "patch_size", "init")}
-        return dataclasses.replace(config, model=dataclasses.replace(model, **taken))
+        data = dataclasses.replace(config.data, image_size=config.data.image_size or networks.image_size)
+        return dataclasses.replace(config, data=data, model=dataclasses.replace(model, **taken))
 
     def start_from(self, networks: Params) -> tuple[Params, Params]:
         """Starts the encoder and its average; the head stays fresh."""

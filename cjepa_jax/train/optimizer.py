@@ -31,8 +31,12 @@ def weight_decay(optim: Optim, steps: int) -> optax.Schedule:
 
 
 def ema_step_size(ema: Ema, steps: int) -> optax.Schedule:
-    """Gives 1 - momentum, linear in the step; computed as such, since float32 has few digits left near 1."""
-    return optax.linear_schedule(1 - ema.start, 1 - ema.end, steps)
+    """Gives 1 - momentum, linear in the step; computed as such, since float32 has few digits left near 1.
+
+    With `ema.warmup` it is 9 / (10 + step) at least: else the average of a short run stays near to its start.
+    """
+    linear = optax.linear_schedule(1 - ema.start, 1 - ema.end, steps)
+    return (lambda step: jnp.maximum(linear(step), 9 / (10 + step))) if ema.warmup else linear
 
 
 def decay_mask(params: PyTree) -> PyTree:

@@ -59,6 +59,7 @@ def set_up(
     names = kind.networks_of_init(config)
     loaded = pretrained.load(init, names, flag="--init") if init else None
     config = kind.resolve(config, str(init), loaded)
+    data = config.data
     steps = _count_steps(config, images=len(source))
     method = kind(config, classes=len(source.classes))
     start: dict[str, Any] = {}

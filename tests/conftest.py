@@ -16,6 +16,8 @@ from cjepa_jax.methods.cjepa import CJEPAConfig
 from cjepa_jax.settings import parse
 from configs import digits
 
+gc.set_threshold(200_000, 10, 1000)  # tracing makes many objects, and looking through them takes a third of its time
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

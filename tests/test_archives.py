@@ -133,7 +133,9 @@ def test_prepare_converts_them(archive, tmp_path, capsys):
     assert "already complete" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("archive", ["webdataset pax", "parquet of datasets"], indirect=True)
+@pytest.mark.parametrize(
+    "archive", ["webdataset pax", pytest.param("parquet of datasets", marks=pytest.mark.slow)], indirect=True
+)
 def test_a_run_trains_on_them(archive, tmp_path):
     data = {"source": archive[0], "data_dir": str(archive[1]), "test_split": "val"} | MEAN | {"batch_size": 8}
     settings = {"model": {"size": "16x1x2", "patch_size": 4, "dtype": "float32"}, "predictor": {"width": 8, "depth": 1}}

@@ -68,6 +68,8 @@ def test_ti_fits_four_v5e_chips(tmp_path):
         "--topology=v5e:2x2",
         "--config.data.batch_size=256",
         "--config.model.layers=scanned",
+        "--config.model.size=192x4x3",
+        "--config.predictor.depth=2",
         JAX_OPTIMIZATION_LEVEL="O1",
     )
     assert report["chips"] == 4 and report["images_per_chip"] == 64

@@ -103,7 +103,13 @@ def test_same_outputs_and_gradient_on_one_device(microbatches):
     assert_same(found, of_the_whole_batch("target_blocks"))
 
 
-@pytest.mark.parametrize("case", [*CASES, "supervised"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.slow) if case == "context_target" else case
+        for case in (*CASES, "supervised")
+    ],
+)
 def test_same_outputs_and_gradient_on_eight_devices(case):
     """No image leaves its device: nothing is exchanged but what the draws and sums of the whole batch need."""
     method = supervised() if case == "supervised" else cjepa(case)

@@ -45,9 +45,7 @@ def train(
         values = dict(config.to_dict() if isinstance(config, ConfigDict) else config)
     if source is not None:
         overrides["data"] = {**overrides.get("data", {}), "source": "own"}
-    for name, value in overrides.items():
-        merged = isinstance(value, Mapping) and isinstance(values.get(name), Mapping)
-        values[name] = {**values[name], **value} if merged else value
+    values = settings.merged(values, overrides)
     parsed: Any = settings.parse(values, find_method(values).settings)
     return loop.train(parsed, epath.Path(workdir), epath.Path(init) if init else None, source=source)
 

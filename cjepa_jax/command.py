@@ -47,6 +47,20 @@ def read_config(find_class: Callable[[Mapping[str, Any]], type], *, default: str
     return path.stem, parsed
 
 
+def read_values(doc: str) -> tuple[str, dict[str, Any]]:
+    """Reads what --config's file gives, for a command whose file is no experiment and takes no overrides.
+
+    doc: what --help prints. Returns the file's name without .py, and its values. Raises UserError.
+    """
+    if _help_is_wanted():
+        print(doc.strip())
+        sys.exit(0)
+    require(_CONFIG.value is not None, "--config is missing, e.g. --config=configs/study_collapse_digits.py")
+    require(not _overrides, f"{_overrides[:1]}: this command takes no overrides; change the file or a copy of it")
+    path = _find(str(_CONFIG.value))
+    return path.stem, _load(path)
+
+
 def load_config(file: str) -> dict[str, Any]:
     """Reads the nested settings of a config file, or of a config of this package by its name. Raises UserError."""
     return _load(_find(file))
@@ -127,9 +141,7 @@ def _override(values: dict[str, Any], cls: type) -> None:
         found(["", *arguments])
     except (flags.Error, ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
         raise UserError(one_line(error)[:500]) from None
-    for name, value in overridden.to_dict().items():
-        merged = isinstance(value, dict) and isinstance(values.get(name), Mapping)
-        values[name] = {**values[name], **value} if merged else value
+    values.update(settings.merged(values, overridden.to_dict()))
 
 
 class TrainingFlags:
@@ -149,15 +161,18 @@ class TrainingFlags:
         from cjepa_jax.train import distributed  # after the flags: importing jax takes seconds
 
         distributed.start(self._coordinator.value, self._processes.value, self._process.value, self._timeout.value)
-        workdir = self._workdir.value
-        if workdir is None:
-            workdir = f"runs/{name}"
-            try:
-                pathlib.Path("runs").mkdir(exist_ok=True)
-            except OSError as error:
-                raise UserError(f"the folder runs cannot be made here ({error.strerror}): give --workdir=DIR") from None
-        require(bool(workdir), "--workdir is empty")
-        return workdir
+        return workdir_of(self._workdir.value, name)
+
+
+def workdir_of(given: str | None, name: str) -> str:
+    """Gives --workdir, or the default for a config file of this name, whose parent is made. Raises UserError."""
+    if given is None:
+        try:
+            pathlib.Path("runs").mkdir(exist_ok=True)
+        except OSError as error:
+            raise UserError(f"the folder runs cannot be made here ({error.strerror}): give --workdir=DIR") from None
+    require(given != "", "--workdir is empty")
+    return given or f"runs/{name}"
 
 
 class _Stderr:

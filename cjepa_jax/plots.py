@@ -90,6 +90,46 @@ def spectra(found: Mapping[str, np.ndarray], path: epath.Path) -> None:
     _save(figure, path)
 
 
+def bands(panels: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]], path: epath.Path, *, label: str) -> None:
+    """Draws a panel for each title, and in it means over runs as lines and standard deviations as bands.
+
+    A panel has, by the name of a line, x [p] and values [runs, p]; `label` says what x is.
+    """
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    figure = Figure(figsize=(4.5 * len(panels), 3.6 + 0.06 * len(names)), layout="constrained")
+    for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels.items(), strict=True):
+        for name, (x, values) in lines.items():
+            color = f"C{names.index(name) % 10}"
+            style = ("-", "--", ":", "-.")[names.index(name) // 10 % 4]
+            mean, spread = values.mean(axis=0), values.std(axis=0, ddof=1) if len(values) > 1 else 0
+            axes.plot(x, mean, style, color=color, marker="." if len(x) < 20 else "", label=name)
+            axes.fill_between(x, mean - spread, mean + spread, color=color, alpha=0.15, linewidth=0)
+        axes.set_title(title)
+        axes.set_xlabel(label)
+    handles = {
+        text: handle for axes in figure.axes for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4)
+    _save(figure, path)
+
+
+def bars(panels: Mapping[str, Mapping[str, Sequence[float]]], path: epath.Path) -> None:
+    """Draws a panel for each title: means as bars with their standard errors, and each value as a point."""
+    names = list(dict.fromkeys(name for values in panels.values() for name in values))
+    figure = Figure(figsize=(1 + 4.5 * len(panels), 1 + 0.28 * len(names)), layout="constrained")
+    grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)
+    for axes, (title, found) in zip(grid.flat, panels.items(), strict=True):
+        for name, values in found.items():
+            row = names.index(name)
+            error = np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0
+            axes.barh(row, np.mean(values), xerr=error, color=f"C{row % 10}", alpha=0.6)
+            axes.plot(values, [row] * len(values), "k.", markersize=4)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_title(title)
+    grid.flat[0].invert_yaxis()
+    _save(figure, path)
+
+
 def side_by_side(columns: Mapping[str, Sequence[np.ndarray] | np.ndarray], path: epath.Path, *, title: str) -> None:
     """Draws a row for each image and a column for each name.
 

@@ -150,6 +150,15 @@ def parse_flat(flat: Mapping[str, Any], cls: type[T], prefix: str = "") -> T:
     return typing.cast(T, _build(cls, nested, prefix))
 
 
+def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Puts nested settings over others; a group keeps the settings that the changes do not name."""
+    both = dict(values)
+    for name, value in changes.items():
+        joined = isinstance(value, Mapping) and isinstance(both.get(name), Mapping)
+        both[name] = {**both[name], **value} if joined else value
+    return both
+
+
 def flatten(config: Any) -> dict[str, Any]:
     """Gives settings as {"group.key": value}, in order; tuples become lists, as in JSON."""
     flat = {}

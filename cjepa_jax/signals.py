@@ -58,11 +58,13 @@ class Stop:
     """Once it listens, the first signal is a request to save and leave; a second one does what signals did before."""
 
     requested = False
+    newest: "Stop | None" = None  # by which one who runs a loop after another knows that it was to be the last
 
     def __init__(self):
         self._previous: dict[int, Any] = {}
 
     def __enter__(self):
+        Stop.newest = self
         return self
 
     def listen(self) -> None:

@@ -20,7 +20,7 @@ from cjepa_jax.methods import METHODS, find_method
 from cjepa_jax.train.setup import set_up
 from tests.conftest import small
 
-CONFIGS = sorted(path.stem for path in pathlib.Path("configs").glob("*.py"))
+CONFIGS = sorted(path.stem for path in pathlib.Path("configs").glob("*.py") if not path.stem.startswith("study_"))
 JUNK = (None, True, "x", "", 1, -1, 0.5, (), (1, "x"), {}, [[1]], b"x")
 WORDS = ("", "train", "test", "train[:10%]", "train[:0]", "train[5:", "+", "%", "\0", "\udcff", "a\nb", "x" * 5000)
 WORDS += ("/proc/x", "/dev/null", "64x3x4", "16x1x2", "8x1x2xnan", "8x1x2xinf", "0x0x0", "4x1x1x1e-9", "B", "knn")

@@ -25,7 +25,7 @@ from cjepa_jax.train.step import build, init_state, train_step
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 FILES = (pathlib.Path(__file__).parents[1] / "configs").glob("*.py")
-CONFIGS = sorted(p.stem for p in FILES if not p.stem.startswith(("__", "evaluate")))
+CONFIGS = sorted(p.stem for p in FILES if not p.stem.startswith(("__", "evaluate", "study_")))
 PRETRAINING = [name for name in CONFIGS if not name.startswith("finetune_")]  # others take a checkpoint's architecture
 
 

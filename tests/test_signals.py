@@ -48,7 +48,8 @@ def end(process: subprocess.Popen[str], sent: int, *, within: float = 3) -> tupl
     return process.returncode, "".join(said)
 
 
-COMMANDS = ["main", "finetune", "evaluate", "convert", "compile", "data.prepare", "bench.input", "bench.linear"]
+COMMANDS = ["main", "finetune", "evaluate", "convert", "compile", "study"]
+COMMANDS += ["data.prepare", "bench.input", "bench.linear"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -31,9 +31,7 @@ Exit codes: 0 finished; 2 a mistake that the user can mend; 1 any other error; 1
 Ctrl-C and SIGTERM.
 """
 
-import re
 import sys
-import time
 
 from absl import flags
 from etils import epath
@@ -51,12 +49,8 @@ _RENAMED = {"lowshot": "logistic"}
 
 
 def _run() -> None:
-    from cjepa_jax import pretrained  # after the flags: importing jax takes seconds
-    from cjepa_jax.evaluate import report
-    from cjepa_jax.evaluate.config import Evaluation, resolve
-    from cjepa_jax.evaluate.frozen import from_checkpoint, warn_of_same_images
-    from cjepa_jax.files import check_writable
-    from cjepa_jax.settings import flatten
+    from cjepa_jax.evaluate.checkpoint import judge  # after the flags: importing jax takes seconds
+    from cjepa_jax.evaluate.config import Evaluation
 
     _, settings = command.read_config(lambda _: Evaluation, default="evaluate")
     known = settings.evaluators
@@ -68,48 +62,14 @@ def _run() -> None:
             print(f"--method={name} is called {_RENAMED[name]} now", file=sys.stderr)
         wanted.append(_RENAMED.get(name, name))
         require(wanted[-1] in known, f"--method {name!r} is not known; {nearest(name, known)}")
-    encoders = pretrained.ENCODERS
-    path = epath.Path(_CHECKPOINT.value)
-    workdir, saved = pretrained.describe(path)
-    encoder = _ENCODER.value or next((name for name in encoders if name in pretrained.available(path)), encoders[0])
-    require(encoder in encoders, f"--encoder {encoder!r} is not known; {nearest(encoder, encoders)}")
-    data, crop_fraction = resolve(settings, saved)
-    frozen = from_checkpoint(
-        path,
-        encoder,
-        data=data,
-        crop_fraction=crop_fraction,
-        seed=settings.seed,
+    judge(
+        epath.Path(_CHECKPOINT.value),
+        settings,
+        wanted,
+        encoder=_ENCODER.value,
         baselines=_BASELINES.value,
-        layers=max(known[name].deepest for name in wanted),
+        name=_NAME.value,
     )
-    assert frozen.origin
-    require(not re.search(r"[/\0]", _NAME.value or ""), f"--name={_NAME.value} must be the name of a file")
-    name = _NAME.value or f"step{frozen.origin.networks.step}_{encoder}"
-    stem = workdir / "evaluation" / name
-    require(stem.parent.name == "evaluation", f"--name={name!r} must be a name without folders")
-    require(not stem.parent.exists() or stem.parent.is_dir(), f"{stem.parent} is no folder: move it away")
-    check_writable(workdir, "--checkpoint")
-    stem.parent.mkdir(exist_ok=True)
-    check_writable(stem, "--name")
-    about = {"checkpoint": str(workdir), "step": frozen.origin.networks.step, "encoder": encoder}
-    files = {one: stem.with_name(f"{name}.{one}.json") for one in wanted}
-    descriptions = {one: report.describe(frozen, flatten(settings), method=one, **about) for one in wanted}
-    for one in wanted:
-        report.check(files[one], descriptions[one])
-        if known[one].needs_labels and one != "accuracy":
-            frozen.check_labels()
-            if one == next(name for name in wanted if known[name].needs_labels):
-                warn_of_same_images(frozen.data, frozen.train.source, frozen.test.source)
-        known[one].check(frozen)
-    print(report.header(frozen), flush=True)
-    for one in wanted:
-        start = time.perf_counter()
-        rows = known[one].run(frozen, stem)
-        report.write(files[one], frozen, {one: rows}, descriptions[one], seconds=time.perf_counter() - start)
-        print(report.table(known[one], rows), flush=True)
-        for file in (files[one], *(stem.with_name(f"{name}.{picture}") for picture in known[one].pictures)):
-            print(f"-> {file}", flush=True)
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 from etils import epath
@@ -22,7 +22,7 @@ from cjepa_jax.train.diagnostics import diagnose
 from cjepa_jax.train.feed import Feed
 from cjepa_jax.train.nonfinite import DivergedError, Recorder
 from cjepa_jax.train.setup import Training, set_up
-from cjepa_jax.train.step import TrainState
+from cjepa_jax.train.step import Program, TrainState
 from cjepa_jax.train.trouble import Trouble
 
 _ELSEWHERE = "another process could not go on and says why; all have stopped"
@@ -34,12 +34,14 @@ def train(
     init: epath.Path | None = None,
     profile: tuple[int, int] | None = None,
     source: sources.Source | None = None,
+    compile_step: Callable[[Program, int], jax.stages.Compiled] | None = None,
 ) -> TrainState:
     """Trains to the end, or from where the workdir stands, or until SIGTERM or Ctrl-C; returns the last state.
 
     `init` is a checkpoint whose networks a new run starts from, instead of random ones. `profile` names a first and a
     last step, between which a trace for xprof or Perfetto is recorded in WORKDIR/profile. `source` holds the images to
-    train on, where they are not those that `config.data` names.
+    train on, where they are not those that `config.data` names. `compile_step` is `memory.compile_step` or what runs
+    that differ in the seed share, see `memory.SharedSteps`.
 
     Raises UserError for settings that do not fit the data, the devices or the workdir, before anything is compiled or
     written, where another run trains in the workdir, and where images or a checkpoint cannot be read; DivergedError
@@ -56,15 +58,21 @@ def train(
         if distributed.any_of_them(run is None) or run is None:  # all have checked the workdir before one makes it
             raise refused or UserError(_ELSEWHERE)
         with lock.Lock(workdir) as held, memory.explained(run.config):
-            return _train(run, workdir, held, profile)
+            return _train(run, workdir, held, profile, compile_step or memory.compile_step)
 
 
-def _train(run: Training, workdir: epath.Path, held: lock.Lock, profile: tuple[int, int] | None) -> TrainState:
+def _train(
+    run: Training,
+    workdir: epath.Path,
+    held: lock.Lock,
+    profile: tuple[int, int] | None,
+    compile_step: Callable[[Program, int], jax.stages.Compiled],
+) -> TrainState:
     """Trains what was checked, in a workdir that nobody else writes to."""
     if run.config.model.dtype == "float32":  # TPUs and GPUs would round the operands of exact products
         jax.config.update("jax_default_matmul_precision", "highest")
     config, program, steps, reader = run.config, run.program, run.steps, run.reader
-    compiled = memory.compile_step(program, steps)
+    compiled = compile_step(program, steps)
     root = jax.jit(lambda: tuple(jax.random.split(jax.random.key(config.seed))), out_shardings=program.whole)
     rng_init, rng_step = root()
 

@@ -7,6 +7,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -49,6 +50,25 @@ def compile_step(program: step.Program, steps: int) -> jax.stages.Compiled:
         least = parts * ((needed - kept) / (limit - kept) if math.isfinite(needed) else 2) / (2 if parts == 1 else 1)
         left = [more for more in left if more >= least] or left[-1:]
     raise UserError(f"the step does not fit into memory: {_needs(needed, there)}; {_remedies(config)}")
+
+
+class SharedSteps:
+    """Compiles steps as `compile_step` does, and gives the newest again where only the seed of the run is another.
+
+    The seed is no part of a step, so that the runs of one experiment with several seeds compile it once.
+    """
+
+    def __init__(self):
+        self._newest: tuple[Any, jax.stages.Compiled] | None = None
+
+    def __call__(self, program: step.Program, steps: int) -> jax.stages.Compiled:
+        """Gives the step of a run of `steps` steps, compiled. Raises UserError as `compile_step` does."""
+        method = program.method
+        key = dataclasses.replace(method.config, seed=0), method.classes, steps, program.split.mesh
+        if self._newest is None or self._newest[0] != key:
+            self._newest = None  # so that the devices hold one program at a time
+            self._newest = key, compile_step(program, steps)
+        return self._newest[1]
 
 
 @contextlib.contextmanager

@@ -60,7 +60,7 @@ def set_up(
     loaded = pretrained.load(init, names, flag="--init") if init else None
     config = kind.resolve(config, str(init), loaded)
     data = config.data
-    steps = _count_steps(config, images=len(source))
+    steps = count_steps(config, images=len(source))
     method = kind(config, classes=len(source.classes))
     start: dict[str, Any] = {}
     if kind.needs_labels:
@@ -111,7 +111,8 @@ def _doubts(config: Config, source: sources.Source) -> list[str]:
     return notes
 
 
-def _count_steps(config: Config, *, images: int) -> int:
+def count_steps(config: Config, *, images: int) -> int:
+    """Gives the number of steps of a run on so many images. Raises UserError for none, or too many."""
     steps = round(config.optim.epochs * images / config.data.batch_size)
     require(steps >= 1, f"optim.epochs = {config.optim.epochs} of {images} images are less than one batch")
     require(steps < 2**31, f"optim.epochs = {config.optim.epochs} of {images} images are {steps} steps; lower it")

@@ -1,0 +1,73 @@
+"""Judges an encoder of a checkpoint by several evaluators, and writes what they find beside the checkpoint."""
+
+import re
+import time
+from collections.abc import Sequence
+
+from etils import epath
+
+from cjepa_jax import pretrained
+from cjepa_jax.errors import nearest, require
+from cjepa_jax.evaluate import report
+from cjepa_jax.evaluate.config import Evaluation, resolve
+from cjepa_jax.evaluate.frozen import from_checkpoint, warn_of_same_images
+from cjepa_jax.files import check_writable
+from cjepa_jax.settings import flatten
+
+
+def judge(
+    path: epath.Path,
+    settings: Evaluation,
+    wanted: Sequence[str],
+    *,
+    encoder: str | None = None,
+    baselines: bool = True,
+    name: str | None = None,
+) -> None:
+    """Runs the evaluators `wanted`, prints their tables and writes WORKDIR/evaluation/NAME.EVALUATOR.json for each.
+
+    path: a checkpoint, see `pretrained.describe`. encoder: by default the target encoder, where there is one.
+    baselines: whether an untrained encoder and raw pixels are judged, too. name: of the results, by default step and
+    encoder. Raises UserError before anything is computed.
+    """
+    known, encoders = settings.evaluators, pretrained.ENCODERS
+    workdir, saved = pretrained.describe(path)
+    encoder = encoder or next((one for one in encoders if one in pretrained.available(path)), encoders[0])
+    require(encoder in encoders, f"--encoder {encoder!r} is not known; {nearest(encoder, encoders)}")
+    data, crop_fraction = resolve(settings, saved)
+    frozen = from_checkpoint(
+        path,
+        encoder,
+        data=data,
+        crop_fraction=crop_fraction,
+        seed=settings.seed,
+        baselines=baselines,
+        layers=max(known[one].deepest for one in wanted),
+    )
+    assert frozen.origin
+    require(not re.search(r"[/\0]", name or ""), f"--name={name} must be the name of a file")
+    name = name or f"step{frozen.origin.networks.step}_{encoder}"
+    stem = workdir / "evaluation" / name
+    require(stem.parent.name == "evaluation", f"--name={name!r} must be a name without folders")
+    require(not stem.parent.exists() or stem.parent.is_dir(), f"{stem.parent} is no folder: move it away")
+    check_writable(workdir, "--checkpoint")
+    stem.parent.mkdir(exist_ok=True)
+    check_writable(stem, "--name")
+    about = {"checkpoint": str(workdir), "step": frozen.origin.networks.step, "encoder": encoder}
+    files = {one: stem.with_name(f"{name}.{one}.json") for one in wanted}
+    descriptions = {one: report.describe(frozen, flatten(settings), method=one, **about) for one in wanted}
+    for one in wanted:
+        report.check(files[one], descriptions[one])
+        if known[one].needs_labels and one != "accuracy":
+            frozen.check_labels()
+            if one == next(name for name in wanted if known[name].needs_labels):
+                warn_of_same_images(frozen.data, frozen.train.source, frozen.test.source)
+        known[one].check(frozen)
+    print(report.header(frozen), flush=True)
+    for one in wanted:
+        start = time.perf_counter()
+        rows = known[one].run(frozen, stem)
+        report.write(files[one], frozen, {one: rows}, descriptions[one], seconds=time.perf_counter() - start)
+        print(report.table(known[one], rows), flush=True)
+        for file in (files[one], *(stem.with_name(f"{name}.{picture}") for picture in known[one].pictures)):
+            print(f"-> {file}", flush=True)

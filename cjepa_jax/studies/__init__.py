@@ -1,0 +1,1 @@
+"""Studies: what one is, its runs, and their results."""

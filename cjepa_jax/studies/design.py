@@ -1,0 +1,251 @@
+"""What a study is: its arms, the runs that they ask for, and the checks of both.
+
+A config of a study gives
+
+    base        settings of an experiment, or the name of a config that comes with the package
+    arms        name -> {"settings": nested settings over the base, "tune": {"group.key": values to try},
+                "base": another base}; all of them may be left out
+    seeds       of the runs that the tables are about
+    splits      {"train", "held_out", "test"}: split expressions, as data.train_split has them
+    baseline    the arm that the others are compared with; default: the first
+    tune        for arms that have no "tune" of their own; without any, nothing is tuned
+    choose_by   the evaluator whose accuracy on the held-out images chooses; default: logistic
+    probes      evaluations of a run on the held-out images, its end included; default: 10
+    evaluators  what judges the finished runs on the test split; default: knn, logistic and collapse
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, cast
+
+from etils import epath
+
+from cjepa_jax import settings
+from cjepa_jax.command import load_config
+from cjepa_jax.config import Config, Data
+from cjepa_jax.data import sources
+from cjepa_jax.errors import UserError, nearest, require
+from cjepa_jax.evaluate.config import Evaluation
+from cjepa_jax.files import read_json
+from cjepa_jax.methods import METHODS, find_method
+from cjepa_jax.train.setup import count_steps
+
+_KEYS = {"base", "arms", "seeds", "splits", "baseline", "tune", "choose_by", "probes", "evaluators"}
+_SPLITS = ("train", "held_out", "test")
+
+
+class Run(NamedTuple):
+    """One ordinary training of a study."""
+
+    folder: epath.Path
+    config: Config
+    steps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One way of training, and the settings to choose from."""
+
+    name: str
+    values: dict[str, Any]  # nested settings
+    trials: list[dict[str, Any]]  # flat settings of each trial; [] where nothing is tuned
+    steps: int
+    batch_size: int
+    images: int  # in the training split
+
+    @property
+    def images_seen(self) -> int:
+        """Returns how many images a run sees, those that come again counted again."""
+        return self.steps * self.batch_size
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A study whose settings have been checked."""
+
+    arms: dict[str, Arm]
+    seeds: tuple[int, ...]
+    splits: dict[str, str]
+    baseline: str
+    choose_by: str
+    probes: int
+    evaluators: tuple[str, ...]
+    workdir: epath.Path
+
+    @property
+    def trials(self) -> int:
+        """Returns the number of trials of each arm, which is the same for all."""
+        return len(next(iter(self.arms.values())).trials)
+
+    def trial(self, arm: Arm, number: int) -> Run:
+        """Describes one trial of an arm. Its seed is none of `seeds`, so that no run of the tables was chosen."""
+        return self._run(arm, arm.trials[number], max(self.seeds) + 1, f"trial{number}")
+
+    def final(self, arm: Arm, chosen: Mapping[str, Any], seed: int) -> Run:
+        """Describes the run of an arm with one of the seeds and the settings that its trials have chosen."""
+        return self._run(arm, chosen, seed, f"seed{seed}")
+
+    def _run(self, arm: Arm, changes: Mapping[str, Any], seed: int, name: str) -> Run:
+        config = _parse(with_flat(arm.values, {**changes, "seed": seed}), arm.name)
+        return Run(self.workdir / "runs" / arm.name.replace(" ", "_") / name, config, arm.steps)
+
+    def describe(self) -> dict[str, Any]:
+        """Says what makes this study the one that it is, as JSON: two of the same description may share a workdir."""
+        arms = {
+            arm.name: {"settings": settings.flatten(_parse(arm.values, arm.name)), "trials": arm.trials}
+            for arm in self.arms.values()
+        }
+        rest = {name: getattr(self, name) for name in ("seeds", "splits", "baseline", "choose_by", "evaluators")}
+        described: dict[str, Any] = json.loads(json.dumps({"arms": arms, **rest, "probes": self.probes}))
+        return described
+
+    def check_workdir(self) -> None:
+        """Raises UserError where the workdir holds another study."""
+        require("\0" not in str(self.workdir), "--workdir holds a character that no path may hold")
+        path = self.workdir / "study.json"
+        if not path.exists():
+            require(not (self.workdir / "config.json").exists(), f"--workdir {self.workdir} holds a run, and no study")
+            return
+        old, new = read_json(path), self.describe()
+        changed = [
+            f"{name}: {old.get(name)} -> {new[name]}" for name in new if name != "arms" and old.get(name) != new[name]
+        ]
+        arms = old.get("arms", {})
+        changed += [f"arm {name!r} is new" for name in new["arms"] if name not in arms]
+        changed += [f"arm {name!r} is gone" for name in arms if name not in new["arms"]]
+        for name in [name for name in new["arms"] if name in arms]:
+            if arms[name]["trials"] != new["arms"][name]["trials"]:
+                changed.append(f"arm {name!r} tries {new['arms'][name]['trials']} instead of {arms[name]['trials']}")
+            _, _, differences = settings.adopt(arms[name]["settings"], _parse(self.arms[name].values, name))
+            changed += [f"arm {name!r}, {difference}" for difference in differences]
+        require(
+            not changed,
+            f"--workdir {self.workdir} holds another study ({'; '.join(changed)[:1000]}); use another workdir",
+        )
+
+
+def read(values: Mapping[str, Any], workdir: epath.Path) -> Study:
+    """Makes a study of what its config gives. Raises UserError; nothing is compiled or written."""
+    for key in values:
+        require(key in _KEYS, f"a study has no {key!r}; {nearest(str(key), _KEYS)}")
+    for key in ("base", "arms", "seeds", "splits"):
+        require(key in values, f"the study lacks {key!r}")
+    require(isinstance(values["seeds"], tuple | list), f"seeds must be a list of numbers, got {values['seeds']!r}")
+    require(isinstance(values["splits"], Mapping), f"splits must be a mapping, got {values['splits']!r}")
+    seeds, splits = tuple(values["seeds"]), dict(values["splits"])
+    require(len(seeds) >= 1, "seeds: a study needs at least one seed, and three for what it claims")
+    require(all(type(seed) is int and seed >= 0 for seed in seeds), f"seeds must be whole numbers, got {seeds}")
+    require(len(set(seeds)) == len(seeds), f"seeds: one is there twice: {seeds}")
+    require(set(splits) == set(_SPLITS), f"splits must be train, held_out and test, got {', '.join(splits)}")
+    require(bool(values["arms"]) and isinstance(values["arms"], Mapping), "arms: a study needs at least one arm")
+    given = {name: dict(arm or {}) for name, arm in values["arms"].items()}
+    baseline = values.get("baseline", next(iter(given)))
+    require(baseline in given, f"baseline = {baseline!r} is no arm; {nearest(baseline, given)}")
+    probes = values.get("probes", 10)
+    require(type(probes) is int and probes >= 1, f"probes must be a whole number from 1, got {probes!r}")
+    known = Evaluation().evaluators
+    evaluators = tuple(values.get("evaluators", ("knn", "logistic", "collapse")))
+    for name in evaluators:
+        require(name in known, f"evaluators: {name!r} is not known; {nearest(name, known)}")
+    choose_by = values.get("choose_by", "logistic")
+    arms, lengths = {}, {}
+    for name, arm in given.items():
+        fits = re.fullmatch(r"[\w(][\w .,+=()-]*", name)
+        require(bool(fits), f"arm {name!r}: its name is also a folder's: letters, digits, spaces and . , + - = ( )")
+        for key in arm:
+            require(key in ("base", "settings", "tune"), f"arm {name!r} has no {key!r}; known: base, settings, tune")
+        arms[name] = _arm(name, arm, values, splits, probes, choose_by)
+        lengths[name] = len(arms[name].trials)
+    require(len({name.replace(" ", "_") for name in arms}) == len(arms), "arms: two names differ only in spaces and _")
+    first = next(iter(lengths))
+    for name, length in lengths.items():
+        require(
+            length == lengths[first],
+            f"arm {name!r} has {length} trials and arm {first!r} {lengths[first]}: give each the same number",
+        )
+    study = Study(arms, seeds, splits, baseline, choose_by, probes, evaluators, workdir)
+    study.check_workdir()
+    return study
+
+
+def _arm(
+    name: str, arm: Mapping[str, Any], study: Mapping[str, Any], splits: Mapping[str, str], probes: int, choose_by: str
+) -> Arm:
+    base = arm.get("base", study["base"])
+    base = load_config(base) if isinstance(base, str) else base
+    require(isinstance(base, Mapping), f"arm {name!r}: base must be settings or the name of a config, got {base!r}")
+    changes = arm.get("settings", {})
+    require(isinstance(changes, Mapping), f"arm {name!r}: settings must be nested settings, got {changes!r}")
+    values = settings.merged(base, changes)
+    values = settings.merged(values, {"data": {"train_split": splits["train"], "test_split": splits["held_out"]}})
+    tune = dict(arm.get("tune", study.get("tune", {})))
+    with _naming(name):
+        known = {key.name for key in settings.keys(cast(Any, find_method(values).settings))}
+    for key, tried in tune.items():
+        fits = key in known and key != "seed" and not key.startswith(("data.", "eval."))
+        require(fits, f"arm {name!r} cannot tune {key!r}; {nearest(key, known)}")
+        require(
+            isinstance(tried, tuple | list) and bool(tried), f"arm {name!r} tunes {key!r} over no values: {tried!r}"
+        )
+    trials = [dict(zip(tune, choice, strict=True)) for choice in itertools.product(*tune.values())] if tune else []
+    config = _parse(values, name)
+    with _naming(name):
+        (images, classes, labels), (_, _, found) = (_look(config.data, splits[one]) for one in ("train", "held_out"))
+        require(
+            len(labels) > 1 and bool(found), "its images have no labels of several classes, by which a study judges"
+        )
+        require(
+            labels <= found,
+            f"splits: of {classes} classes the held-out images, {splits['held_out']!r}, lack {len(labels - found)}; "
+            "hold out images of all of them",
+        )
+        steps = count_steps(config, images=images)
+        require(steps >= probes, f"probes = {probes} are more than its {steps} steps")
+        require(
+            choose_by in config.eval.evaluators,
+            f"choose_by = {choose_by!r} is none of eval.evaluators; {nearest(choose_by, config.eval.evaluators)}",
+        )
+    # Rounded up, so that the last probe but one is not just before the end.
+    values = settings.merged(values, {"eval": {"every": -(-steps // probes)}})
+    for trial in trials or [{}]:
+        config = _parse(with_flat(values, trial), name)
+        with _naming(name):
+            METHODS[config.method](config, classes=classes)
+    return Arm(name, values, trials, steps, config.data.batch_size, images)
+
+
+@functools.lru_cache
+def _look(data: Data, split: str) -> tuple[int, int, frozenset[int]]:
+    """Counts images and classes of a split, and lists the labels that there are."""
+    source = sources.load(data, split)
+    labels = source.labels() if source.classes else []
+    return len(source), len(source.classes), frozenset(label for label in labels if label is not None)
+
+
+def with_flat(values: Mapping[str, Any], flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Puts settings by their full names, "group.key", over nested ones."""
+    both = dict(values)
+    for name, value in flat.items():
+        place, _, key = name.rpartition(".")
+        both = settings.merged(both, {place: {key: value}} if place else {key: value})
+    return both
+
+
+def _parse(values: Mapping[str, Any], arm: str) -> Config:
+    with _naming(arm):
+        parsed: Config = settings.parse(values, find_method(values).settings)
+        return parsed
+
+
+@contextlib.contextmanager
+def _naming(arm: str) -> Iterator[None]:
+    """Says in an error which arm it is about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"arm {arm!r}: {error}") from None

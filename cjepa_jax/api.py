@@ -29,6 +29,7 @@ def train(
     workdir: PathLike,
     init: PathLike | None = None,
     source: sources.Source | None = None,
+    extend: bool = False,
     **overrides: Any,
 ) -> TrainState:
     """Trains as `python -m cjepa_jax.main` does: to the end, or on from where the workdir stands.
@@ -36,6 +37,7 @@ def train(
     config: the name of a config that comes with the package, such as "vitb16"; the path of a config file; or settings.
     overrides: settings by group, `optim=dict(epochs=10), seed=1`. init: a checkpoint whose networks a new run starts
     from. source: your own images to train on, see `cjepa_jax.data.sources`; without it data.source says where they are.
+    extend: lets optim.epochs be larger than it was in the workdir; the schedules then follow the new length.
     Returns the last state. Raises UserError and the other errors of `cjepa_jax.train.loop.train`.
     """
     logging.set_verbosity("error")  # TFDS' and Orbax' chatter, as in the commands
@@ -47,7 +49,7 @@ def train(
         overrides["data"] = {**overrides.get("data", {}), "source": "own"}
     values = settings.merged(values, overrides)
     parsed: Any = settings.parse(values, find_method(values).settings)
-    return loop.train(parsed, epath.Path(workdir), epath.Path(init) if init else None, source=source)
+    return loop.train(parsed, epath.Path(workdir), epath.Path(init) if init else None, source=source, extend=extend)
 
 
 def load(checkpoint: PathLike, encoder: str | None = None) -> "FrozenEncoder":

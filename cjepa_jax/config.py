@@ -130,6 +130,11 @@ class Optim:
     beta1: float = setting(0.9, "AdamW's momentum.", within="[0, 0.999999]")
     beta2: float = setting(0.999, "AdamW's momentum of the squares.", within="[0, 0.999999]")
     eps: float = setting(1e-8, "AdamW's epsilon.", within="[1e-20, 1]")
+    clip_norm: float = setting(
+        0.0,
+        "The gradient is scaled down where its norm over all parameters is above this; 0: it is never.",
+        within="[0, 1e30]",
+    )
     microbatches: int = setting(
         1,
         "Parts in which a batch goes through the networks, one after another, to save memory. The loss still sees the "

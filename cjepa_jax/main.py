@@ -6,11 +6,14 @@
                           such as vitb16; its docstring says what it needs
 --workdir=DIR             where results go; default runs/<name of the config file>
 --init=DIR                starts from the networks of another checkpoint instead of
-                          random ones: a workdir, WORKDIR/checkpoints/STEP, or what
-                          cjepa_jax.convert wrote; fine-tuning wants one
+                          random ones: a workdir, WORKDIR/checkpoints/STEP, a folder of
+                          transformers, or what cjepa_jax.convert wrote; a checkpoint that
+                          holds an encoder alone will do; fine-tuning wants one
 --config.GROUP.KEY=VALUE  overrides any setting, e.g. --config.data.batch_size=256,
                           --config.vicreg.projector="(2048, 2048)"
 --config=FILE --help      lists all settings of the experiment, with their meaning
+--extend                  makes the run in the workdir longer: a larger optim.epochs is allowed,
+                          and the schedules follow the new length from there on
 --profile=START:STOP      records a trace of these steps in WORKDIR/profile
 
 Several processes, each started with the same command, train as one. Slurm and TPU
@@ -42,6 +45,7 @@ from cjepa_jax import command
 from cjepa_jax.errors import require
 
 _INIT = flags.DEFINE_string("init", None, "A checkpoint whose networks to start from.")
+_EXTEND = flags.DEFINE_bool("extend", False, "Let optim.epochs be larger than it was in the workdir.")
 _PROFILE = flags.DEFINE_string("profile", None, "START:STOP, the steps to record a trace of.")
 _FLAGS = command.TrainingFlags()
 flags.DEFINE_alias("checkpoint", "init")  # its name where fine-tuning had a command of its own
@@ -57,7 +61,8 @@ def _run() -> None:
     name, config = command.read_config(lambda values: find_method(values).settings)
     workdir = _FLAGS.start(name)
     try:
-        loop.train(config, epath.Path(workdir), epath.Path(_INIT.value) if _INIT.value else None, profile)
+        init = epath.Path(_INIT.value) if _INIT.value else None
+        loop.train(config, epath.Path(workdir), init, profile, extend=_EXTEND.value)
     except (nonfinite.DivergedError, lock.LockLostError) as error:
         sys.exit(f"error: {error}")
 

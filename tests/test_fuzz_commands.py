@@ -224,7 +224,9 @@ def test_main(examples, place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(jax.distributed, "initialize", lambda **_: None)
     monkeypatch.setattr(distributed, "_reach", lambda *_: None)
-    monkeypatch.setattr(loop, "train", lambda config, workdir, init, profile: setup.set_up(config, workdir, init))
+    monkeypatch.setattr(
+        loop, "train", lambda config, workdir, init, profile, extend: setup.set_up(config, workdir, init)
+    )
     known = [[f"--config={ROOT}/configs/digits.py", *SMALL], [f"--config={ROOT}/configs/finetune_digits.py"]]
     known += [[f"--config={place / name}"] for name in CONFIG_FILES]
     known += [[f"--config={ROOT}/configs/digits.py", *SMALL, f"--workdir={path}"] for path in paths(place)]

@@ -110,6 +110,27 @@ def test_adamw_with_its_schedules_is_that_of_torch(make_optim, make_config):
         np.testing.assert_allclose(params[name], p.detach(), rtol=1e-5, atol=1e-6)
 
 
+def test_clipping_scales_the_gradient_down_where_its_norm_is_above_the_limit(make_config):
+    """An AdamW that sees the gradient scaled by hand does the same; 0 and a high limit change nothing, not a bit."""
+    params = {"x": jnp.array([[1.0, -2.0]]), "y": jnp.array([0.5])}
+    grads = {"x": jnp.array([[3.0, 0.0]]), "y": jnp.array([4.0])}  # of norm 5
+
+    def moments(clip_norm, grads):
+        """AdamW's moments after a step; its first update itself hardly depends on the gradient's scale."""
+        adamw = optimizer.build(CJEPA(make_config(optim__clip_norm=clip_norm)), 10, params)
+        state = adamw.update(grads, adamw.init(params), params)[1]
+        (found,) = (part for part in jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(part, "mu"))
+        return found.mu, found.nu
+
+    same = functools.partial(jax.tree.map, np.testing.assert_array_equal)
+    close = functools.partial(jax.tree.map, functools.partial(np.testing.assert_allclose, rtol=1e-6))
+    same(moments(10.0, grads), moments(0.0, grads))
+    close(moments(2.5, grads), moments(0.0, jax.tree.map(lambda x: x / 2, grads)))
+    with pytest.raises(AssertionError):
+        close(moments(2.5, grads), moments(0.0, grads))
+    assert optimizer.build(CJEPA(make_config()), 10, params).init(params)[0].mu  # the state of old checkpoints
+
+
 def test_target_starts_as_a_copy_of_the_encoder(make_config):
     init = functools.partial(init_state, method=CJEPA(make_config()), steps=10)
     state = jax.jit(init)(jax.random.key(0))

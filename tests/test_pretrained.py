@@ -11,7 +11,10 @@ from etils import epath
 
 from cjepa_jax import pretrained
 from cjepa_jax.errors import UserError
+from cjepa_jax.interop.conversion import convert
+from cjepa_jax.interop.tensors import ImportOptions
 from cjepa_jax.train.loop import train
+from cjepa_jax.train.setup import set_up
 
 ALL = ("encoder", "predictor", "target_encoder")
 
@@ -68,6 +71,38 @@ def test_a_new_run_starts_from_another_ones_networks(trained, tmp_path, make_con
         same(state.params[name], trained[1].params[name])
     with pytest.raises(AssertionError):
         same(state.averages["target_encoder"], state.params["encoder"])  # the average came along, too
+
+
+@pytest.mark.parametrize("kind", ["transformers", "encoder", "target_encoder"])
+def test_a_checkpoint_of_one_encoder_starts_both_and_the_predictor_is_fresh(trained, tmp_path, make_config, kind):
+    alone, name = epath.Path(tmp_path / "alone"), "encoder" if kind == "encoder" else "target_encoder"
+    if kind == "transformers":
+        convert(str(trained[0]), str(alone), kind, encoder=None, force=False, options=ImportOptions())
+    else:
+        pretrained.save(alone, pretrained.load(trained[0], (name,)))
+    run = set_up(make_config(), epath.Path(tmp_path / "run"), alone)
+    step = "" if kind == "transformers" else ", step 4"
+    assert run.origin == f"started from {alone}{step}, with its {name} as encoder and target_encoder; fresh: predictor"
+    wanted = pretrained.load(trained[0], (name,)).params[name]
+    random = jax.device_get(run.program.init(jax.random.key(3)))
+    state = run.init(jax.random.key(3))
+    same(state.params["encoder"], wanted)
+    same(state.averages["target_encoder"], wanted)
+    same(state.params["predictor"], random.params["predictor"])
+
+
+def test_what_a_new_run_starts_from_is_said(trained, tmp_path, make_config):
+    run = set_up(make_config(vicreg__projector=(8, 8)), epath.Path(tmp_path / "run"), trained[0])
+    says = f"started from {trained[0]}, step 4, with its encoder, predictor, target_encoder; fresh: projector"
+    assert run.origin == says
+    with pytest.raises(UserError, match=r"its encoder has 2 attention heads, and model\.size = 16x1x4 asks for 4"):
+        set_up(make_config(model__size="16x1x4"), epath.Path(tmp_path / "run"), trained[0])
+    folder = epath.Path(tmp_path / "folder")
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "vit"}')
+    (folder / "model.safetensors").touch()
+    with pytest.raises(UserError, match=r"^--init .*folder: config.json describes a model of the type vit, not ijepa"):
+        set_up(make_config(), epath.Path(tmp_path / "run"), folder)
 
 
 def test_another_architecture_is_listed_by_name(trained, tmp_path, make_config):

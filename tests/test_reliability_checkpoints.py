@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,8 @@ from cjepa_jax.config import Checkpoint
 from cjepa_jax.errors import StorageError, UserError
 from cjepa_jax.interop.conversion import convert
 from cjepa_jax.interop.tensors import ImportOptions
-from cjepa_jax.train import checkpoint, loop, nonfinite
+from cjepa_jax.train import checkpoint, loop, nonfinite, optimizer
+from cjepa_jax.train.setup import set_up
 from cjepa_jax.train.trouble import Trouble
 from cjepa_jax.train.writer import Writer, read
 from tests.conftest import small
@@ -230,8 +232,9 @@ def test_a_workdir_that_never_saved_belongs_to_whoever_comes_next(workdir):
     for step in ("2", "4"):
         (workdir / "checkpoints" / step).rmtree()
     again = config(seed=1)
-    changed, notes = checkpoint.check_workdir(workdir, again, {})
-    assert changed == again and notes == []
+    assert checkpoint.check_workdir(workdir, again, {}) == (again, [], None)
+    with pytest.raises(UserError, match=r"--extend: .* holds no checkpoint; leave --extend out to begin the run"):
+        checkpoint.check_workdir(workdir, again, {}, extend=True)
     (workdir / "config.json").unlink()
     (workdir / "checkpoints" / "2.orbax-checkpoint-tmp").mkdir()
     (workdir / "metrics.jsonl.tmp").write_text("{")
@@ -244,6 +247,54 @@ def test_checkpoints_without_a_config_are_refused(workdir):
     (workdir / "config.json").unlink()
     with pytest.raises(UserError, match=r"has checkpoints but no config\.json"):
         loop.train(config(), workdir)
+
+
+# Longer runs
+
+
+def test_a_longer_run_is_the_one_that_was_so_long_from_the_start(tmp_path, capsys):
+    """Bit for bit where the schedules are constant, so state, images and masks go on; four steps, then six."""
+    rates = {f"optim__learning_rate{when}": 1e-3 for when in ("_start", "", "_end")}
+    constant = rates | {"optim__weight_decay_end": 0.04, "ema__start": 0.9, "ema__end": 0.9}
+    short, long = config(**constant), config(**constant | {"optim__epochs": 1.5})
+    extended, straight = epath.Path(tmp_path / "extended"), epath.Path(tmp_path / "straight")
+    with pytest.raises(UserError, match=r"--extend: .* holds no run to make longer"):
+        loop.train(short, extended, extend=True)
+    state = loop.train(long, straight)
+    shutil.copytree(straight, extended)  # as the four steps have left it, since nothing else depends on the length
+    shutil.rmtree(extended / "checkpoints" / "6")
+    text = (extended / "config.json").read_text()
+    (extended / "config.json").write_text(text.replace('optim.epochs": 1.5', 'optim.epochs": 1.0'))
+    with pytest.raises(
+        UserError, match=r"undo: optim\.epochs: 1\.0 -> 1\.5; or give --extend, which makes a run longer"
+    ):
+        loop.train(long, extended)
+    with pytest.raises(UserError, match=r"undo: seed: 0 -> 1$"):
+        loop.train(dataclasses.replace(long, seed=1), extended, extend=True)
+    capsys.readouterr()
+    same(loop.train(long, extended, extend=True), state)
+    says = (
+        "made longer: 4 -> 6 steps; from step 4 on the schedules are those of the new length: learning rate 0.001 -> "
+    )
+    assert says + "0.001, weight decay 0.04 -> 0.04, EMA momentum 0.9 -> 0.9\n" in capsys.readouterr().err
+    assert [line["step"] for line in read(extended)] == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(UserError, match=r"undo: optim\.epochs: 1\.5 -> 1\.0; --extend only makes a run longer"):
+        loop.train(short, extended, extend=True)
+
+
+def test_a_longer_run_says_how_the_schedules_jump(workdir):
+    longer = config(optim__epochs=2.0)
+    jump = set_up(longer, workdir, None, extend=True).jump(4)
+    lines = {line["step"]: line for line in read(workdir)}
+    said = {
+        name: tuple(map(float, found)) for name, *found in re.findall(r"([a-zA-Z ]+) ([\d.e-]+) -> ([\d.e-]+)", jump)
+    }
+    rate, decay = optimizer.learning_rate(longer.optim, 8)(4), optimizer.weight_decay(longer.optim, 8)(4)
+    momentum = 1 - optimizer.ema_step_size(longer.ema, 8)(4)
+    assert said[" learning rate"] == pytest.approx((lines[4]["lr"], float(rate)), rel=1e-3)
+    assert said[" weight decay"] == pytest.approx((lines[4]["weight_decay"], float(decay)), rel=1e-3)
+    assert said[" EMA momentum"] == pytest.approx((lines[4]["ema_momentum"], float(momentum)), rel=1e-3)
+    assert rate > 100 * lines[4]["lr"]
 
 
 # Blow-ups

@@ -374,7 +374,7 @@ def test_an_image_without_a_label_stops_the_run():
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        ({"model__encoder": "encoder"}, r"checkpoints/3 has no encoder"),
+        ({"model__encoder": "encoder"}, r"--init .* has no encoder, only target_encoder"),
         ({"data__image_size": 9}, r"data\.image_size = 9 is not divisible by the checkpoint's patch size, 2"),
         ({"data__mean": (0.4,)}, r"data\.mean = \(0\.4,\), but --init .* was trained with \(0\.5,\)"),
         ({"data__batch_size": 12}, r"data\.batch_size = 12 is not divisible by the 8 devices"),

@@ -110,7 +110,7 @@ class Method(abc.ABC):
 
     @classmethod
     def networks_of_init(cls, config: Any) -> tuple[str, ...]:
-        """Lists the networks that --init gives to a new run."""
+        """Lists the networks that --init gives to a new run, as far as the checkpoint has them."""
         return ("encoder",)
 
     @classmethod

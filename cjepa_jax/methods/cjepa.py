@@ -192,8 +192,8 @@ class CJEPA(Method):
         return ("encoder", "predictor", "target_encoder")
 
     def start_from(self, networks: Params) -> tuple[Params, Params]:
-        """Starts both encoders and the predictor; the projector stays fresh."""
-        params = {name: networks[name] for name in ("encoder", "predictor")}
+        """Starts both encoders and, where there is one, the predictor; the projector stays fresh."""
+        params = {name: networks[name] for name in ("encoder", "predictor") if name in networks}
         return params, {"target_encoder": networks["target_encoder"]}
 
     def transformers(self) -> dict[str, Transformer]:

@@ -246,12 +246,15 @@ def _averages(saved: dict[str, Any]) -> dict[str, Any]:
     return {f"ema_{name}": average for name, average in saved["ema_params"].items()}
 
 
-def check_workdir(workdir: epath.Path, config: C, start: Mapping[str, Any]) -> tuple[C, list[str]]:
+def check_workdir(
+    workdir: epath.Path, config: C, start: Mapping[str, Any], *, extend: bool = False
+) -> tuple[C, list[str], float | None]:
     """Checks that `workdir` can be used for this experiment.
 
-    Returns the settings to train with, which are `config` but for settings that are younger than the workdir, and a
-    note about each of these. `start` is what else of config.json must stay as it is: the data and checkpoint that the
-    run started from. Raises UserError.
+    Returns the settings to train with, which are `config` but for settings that are younger than the workdir, a note
+    about each of these, and the optim.epochs that the run had so far where `extend` lets `config` have more of them,
+    else None. `start` is what else of config.json must stay as it is: the data and checkpoint that the run started
+    from. Raises UserError.
     """
     check_bucket_support(workdir, "--workdir")
     require("\0" not in str(workdir), "--workdir holds a character that no path may hold")
@@ -264,7 +267,8 @@ def check_workdir(workdir: epath.Path, config: C, start: Mapping[str, Any]) -> t
     saved, steps = workdir / "config.json", _steps(workdir / "checkpoints")
     if not saved.exists():
         require(not steps, f"--workdir {workdir} has checkpoints but no config.json; use another")
-        return config, []
+        require(not extend, f"--extend: --workdir {workdir} holds no run to make longer; leave --extend out")
+        return config, [], None
     try:
         old = read_json(saved)
     except UserError as error:
@@ -277,14 +281,22 @@ def check_workdir(workdir: epath.Path, config: C, start: Mapping[str, Any]) -> t
             f"--workdir {workdir}: {lost}, but no checkpoint is left; restore {workdir / 'checkpoints'}, or delete the "
             "workdir to start anew",
         )
-        return config, []
+        require(not extend, f"--extend: --workdir {workdir} holds no checkpoint; leave --extend out to begin the run")
+        return config, [], None
     config, notes, changed = adopt(old, config)
+    before = old.get("optim.epochs")
+    is_longer = isinstance(before, int | float) and before < config.optim.epochs
+    length = [change for change in changed if change.startswith("optim.epochs: ")]
+    if extend and is_longer:
+        changed = [change for change in changed if change not in length]
     changed += [f"{key}: {old.get(key)} -> {value}" for key, value in start.items() if old.get(key) != value]
     require(
         not changed,
-        f"--workdir {workdir} holds another experiment; use another --workdir, or undo: {'; '.join(changed)}",
+        f"--workdir {workdir} holds another experiment; use another --workdir, or undo: {'; '.join(changed)}"
+        + ("; or give --extend, which makes a run longer" if changed == length and is_longer else "")
+        + ("; --extend only makes a run longer" if changed == length and extend else ""),
     )
-    return config, notes
+    return config, notes, before if extend and is_longer else None
 
 
 def _steps(folder: epath.Path) -> list[int]:

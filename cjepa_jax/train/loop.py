@@ -35,13 +35,16 @@ def train(
     profile: tuple[int, int] | None = None,
     source: sources.Source | None = None,
     compile_step: Callable[[Program, int], jax.stages.Compiled] | None = None,
+    *,
+    extend: bool = False,
 ) -> TrainState:
     """Trains to the end, or from where the workdir stands, or until SIGTERM or Ctrl-C; returns the last state.
 
     `init` is a checkpoint whose networks a new run starts from, instead of random ones. `profile` names a first and a
     last step, between which a trace for xprof or Perfetto is recorded in WORKDIR/profile. `source` holds the images to
     train on, where they are not those that `config.data` names. `compile_step` is `memory.compile_step` or what runs
-    that differ in the seed share, see `memory.SharedSteps`.
+    that differ in the seed share, see `memory.SharedSteps`. `extend` lets `config` have more epochs than the run in the
+    workdir, which then goes on with the schedules of the new length.
 
     Raises UserError for settings that do not fit the data, the devices or the workdir, before anything is compiled or
     written, where another run trains in the workdir, and where images or a checkpoint cannot be read; DivergedError
@@ -52,7 +55,7 @@ def train(
     with peers.training(workdir), peers.leaving_at_once(unless=_all_raise):
         run, refused = None, None
         try:
-            run = set_up(config, workdir, init, source)
+            run = set_up(config, workdir, init, source, extend=extend)
         except UserError as error:
             refused = error
         if distributed.any_of_them(run is None) or run is None:  # all have checked the workdir before one makes it
@@ -98,6 +101,10 @@ def _train(
     checkpoint.write_config(workdir, run.meta["config"])  # after metrics.jsonl, by which its steps are judged
     if jax.process_index() == 0:
         print(_headline(run, state, start), file=sys.stderr, flush=True)
+        if restored is None and run.origin:
+            print(run.origin, file=sys.stderr, flush=True)
+        if run.epochs_before:
+            print(run.jump(start), file=sys.stderr, flush=True)
         _draw_masks(run, workdir)
 
     consensus = distributed.Consensus(program.split, program.whole)

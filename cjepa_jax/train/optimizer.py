@@ -45,7 +45,7 @@ def decay_mask(params: PyTree) -> PyTree:
 
 
 def build(method: Method, steps: int, params: Params) -> optax.GradientTransformation:
-    """Builds AdamW with the schedules of a run of `steps` steps, and the method's factor on each update.
+    """Builds AdamW with the schedules of a run of `steps` steps, clipping, and the method's factor on each update.
 
     Decay is decoupled and multiplied by the learning rate, as in PyTorch's AdamW.
     """
@@ -58,6 +58,7 @@ def build(method: Method, steps: int, params: Params) -> optax.GradientTransform
         weight_decay=weight_decay(optim, steps),
         mask=decay_mask,
     )
-    if scale is None:
-        return adamw
-    return optax.chain(adamw, optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, scale)))
+    parts = [optax.clip_by_global_norm(optim.clip_norm), adamw] if optim.clip_norm else [adamw]
+    if scale is not None:
+        parts.append(optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, scale)))
+    return optax.chain(*parts) if len(parts) > 1 else adamw  # a chain of one has another state

@@ -1,8 +1,11 @@
 """All that a run needs, checked before anything is compiled or written."""
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,11 +16,15 @@ from jaxtyping import PyTree
 from cjepa_jax import pretrained
 from cjepa_jax.config import Config, Data
 from cjepa_jax.data import pipeline, sources
-from cjepa_jax.errors import require
+from cjepa_jax.errors import UserError, require
 from cjepa_jax.evaluate.during import DuringTraining
+from cjepa_jax.files import is_file
+from cjepa_jax.interop import transformers
+from cjepa_jax.interop.tensors import ImportOptions, OpenedCheckpoint
 from cjepa_jax.methods import METHODS, Method
+from cjepa_jax.models.vit import parse_size
 from cjepa_jax.settings import flatten
-from cjepa_jax.train import checkpoint, sharding, step
+from cjepa_jax.train import checkpoint, optimizer, sharding, step
 
 
 @dataclasses.dataclass
@@ -32,6 +39,8 @@ class Training:
     evaluation: DuringTraining | None
     meta: dict[str, Any]  # the flat config, and the fingerprint of the images
     networks: dict[str, Any]  # what a new run starts from instead of random parameters; emptied when it has
+    origin: str = ""  # a sentence about what of a new run comes from the checkpoint of --init, and what is fresh
+    epochs_before: float | None = None  # the length that the run had before it was made longer
 
     def init(self, rng: jax.Array) -> step.TrainState:
         """Makes the state that a new run starts from."""
@@ -43,21 +52,47 @@ class Training:
             state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, self.program.state))
         return state
 
+    def jump(self, step: int) -> str:
+        """Says what becomes of the schedules of a run that was made longer, when it goes on after `step` steps."""
+        config, epochs = self.config, self.epochs_before
+        assert epochs
+        optim = dataclasses.replace(config.optim, epochs=epochs)
+        before = count_steps(dataclasses.replace(config, optim=optim), images=len(self.reader.source))
+        values = [  # of the last step as it was, and of the next one as it will be
+            {
+                "learning rate": optimizer.learning_rate(optim, steps, config.rate_scale)(at),
+                "weight decay": optimizer.weight_decay(optim, steps)(at),
+                "EMA momentum": 1 - optimizer.ema_step_size(config.ema, steps)(at),
+            }
+            for optim, steps, at in ((optim, before, step - 1), (config.optim, self.steps, step))
+        ]
+        names = list(values[0])[: 3 if self.method.averaged else 2]
+        jumps = (f"{name} {float(values[0][name]):.4g} -> {float(values[1][name]):.4g}" for name in names)
+        return (
+            f"made longer: {before} -> {self.steps} steps; from step {step} on the schedules are those of the new "
+            f"length: {', '.join(jumps)}"
+        )
+
 
 def set_up(
-    config: Config, workdir: epath.Path, init: epath.Path | None, source: sources.Source | None = None
+    config: Config,
+    workdir: epath.Path,
+    init: epath.Path | None,
+    source: sources.Source | None = None,
+    *,
+    extend: bool = False,
 ) -> Training:
     """Checks settings, data, devices, workdir and the checkpoint `init` against one another.
 
-    source: the images to train on, where they are not those that `config.data` names.
+    source: the images to train on, where they are not those that `config.data` names. extend: whether `config` may
+    have more epochs than the run in the workdir.
     Raises UserError, before anything is compiled or written.
     """
     data, kind = config.data, METHODS[config.method]
     source = source or sources.load(data, data.train_split)
     if kind.needs_labels:
         _check_labels(data, source, sources.load(data, data.test_split))
-    names = kind.networks_of_init(config)
-    loaded = pretrained.load(init, names, flag="--init") if init else None
+    loaded, origin = _load_init(init, kind, config) if init else (None, "")
     config = kind.resolve(config, str(init), loaded)
     data = config.data
     steps = count_steps(config, images=len(source))
@@ -66,7 +101,7 @@ def set_up(
     if kind.needs_labels:
         start = {"classes": list(source.classes)}
         start |= {"init.step": loaded.step, "init.digest": _digest(loaded.params)} if loaded else {}
-    config, notes = checkpoint.check_workdir(workdir, config, start)
+    config, notes, epochs_before = checkpoint.check_workdir(workdir, config, start, extend=extend)
     notes += _doubts(config, source)
     if jax.process_index() == 0:
         for note in notes:
@@ -77,11 +112,19 @@ def set_up(
     program = step.build(method, steps, mesh)
     evaluation = DuringTraining(config, reader, mesh) if config.eval.every and len(source.classes) > 1 else None
     networks = loaded.params if loaded else {}
-    if networks:
+    if loaded and networks:
         params, averages = method.start_from(networks)
         for found, wanted in ((params, program.state.params), (averages, program.state.averages)):
             for name, tree in found.items():
                 pretrained.check(tree, wanted[name], f"--init {init}: its {name}")
+        heads, wanted_heads = (parse_size(size).heads for size in (loaded.model.size, method.config.model.size))
+        require(
+            heads == wanted_heads,
+            f"--init {init}: its encoder has {heads} attention heads, and model.size = {method.config.model.size} asks "
+            f"for {wanted_heads}",
+        )
+        fresh = [name for name, tree in program.state.params.items() if name not in params and jax.tree.leaves(tree)]
+        origin += f"; fresh: {', '.join(fresh)}" if fresh else ""
     return Training(
         config=config,
         method=program.method,
@@ -94,7 +137,54 @@ def set_up(
             "fingerprint": source.fingerprint,
         },
         networks=networks,
+        origin=origin,
+        epochs_before=epochs_before,
     )
+
+
+def _load_init(init: epath.Path, kind: type[Method], config: Config) -> tuple[pretrained.Pretrained, str]:
+    """Loads what a new run starts from, by the names of `kind`'s networks, and says in words what it is.
+
+    The checkpoint is our own or a folder of transformers. Where it has one encoder alone, both encoders of the run
+    start as that one; where it has no predictor, that is missing in the result, too. Fine-tuning says itself which
+    encoder it wants. Raises UserError.
+    """
+    with _saying_init():
+        if is_file(init / "config.json") and any(init.glob("*.safetensors")):
+            opened = transformers.open_folder(init, ImportOptions())
+        else:
+            load = functools.partial(pretrained.load, init, flag="--init")
+            opened = OpenedCheckpoint("orbax", pretrained.available(init, flag="--init"), load)
+        has = opened.networks
+        origins = {name: name for name in kind.networks_of_init(config)}  # name in the run -> in the checkpoint
+        if not kind.needs_labels and (encoder := next((name for name in pretrained.ENCODERS if name in has), None)):
+            origins = {name: name if name in has else encoder for name in origins}
+            origins = {name: of for name, of in origins.items() if name == of or name in pretrained.ENCODERS}
+        for name in origins.values():
+            require(name in has, f"--init {init} has no {name}, only {', '.join(has)}")
+        require(bool(origins) or opened.kind == "orbax", f"--init {init} does not go with model.encoder = 'random'")
+        loaded = opened.load(tuple(dict.fromkeys(origins.values())))
+    if not origins:
+        return loaded, ""
+    origin = f"started from {init}" + (f", step {loaded.step}" if loaded.step else "")
+    origin += f", with its {', '.join(loaded.params)}"
+    if any(name != of for name, of in origins.items()):
+        origin += f" as {' and '.join(name for name in origins if name in pretrained.ENCODERS)}"
+    # The step gives parameters and averages away, so they must not share memory.
+    params = {
+        name: jax.tree.map(np.copy, loaded.params[of]) if name != of else loaded.params[of]
+        for name, of in origins.items()
+    }
+    return loaded._replace(params=params), origin
+
+
+@contextlib.contextmanager
+def _saying_init() -> Iterator[None]:
+    """Lets errors in reading a checkpoint of another format name the flag by which it came here."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace("--input ", "--init ")) from None
 
 
 def _doubts(config: Config, source: sources.Source) -> list[str]:

@@ -21,7 +21,7 @@ from cjepa_jax.errors import UserError
 from cjepa_jax.interop.conversion import convert
 from cjepa_jax.interop.tensors import ImportOptions
 from cjepa_jax.models.predictor import PredictorConfig
-from cjepa_jax.train import checkpoint
+from cjepa_jax.train import orbax
 from tests.test_convert import make_networks
 from tests.test_fuzz_settings import explored
 
@@ -64,7 +64,7 @@ def good(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     """Where Orbax fails, nobody waits for its other threads to have said so."""
-    monkeypatch.setattr(checkpoint.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(orbax.time, "sleep", lambda seconds: None)
 
 
 def refused(source, tmp_path, message):

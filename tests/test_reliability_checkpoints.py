@@ -369,7 +369,7 @@ def fill(disk: epath.Path, *, free: int = 0) -> None:
 
 def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_stays(disk, capfd):
     """The command first, because what threads print counts; the same settings go on when there is room."""
-    workdir, every, epochs = disk / "run", 5, 40 * 16 / 1437
+    workdir, every, epochs = disk / "run", 5, 80 * 16 / 1437
     arguments = [sys.executable, "-m", "cjepa_jax.main", "--config=configs/digits.py", f"--workdir={workdir}"]
     arguments += ["--config.model.size=16x1x2", "--config.predictor.width=8", "--config.predictor.depth=1"]
     arguments += ["--config.data.batch_size=16", "--config.eval.every=0", "--config.log.every=1000"]
@@ -386,7 +386,7 @@ def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_stays(disk, capfd)
     subprocess.run(["mount", "-o", "remount,size=50m", disk], check=True)
     again = {"log__every": 1000, "checkpoint__every": every, "checkpoint__keep_last": 1000}
     state = loop.train(small(optim__epochs=epochs, optim__warmup_epochs=0.1, **again), workdir)
-    assert int(state.step) == 40 and f"going on from step {good}" in capfd.readouterr().err
+    assert int(state.step) == 80 and f"going on from step {good}" in capfd.readouterr().err
     assert all(name.isdigit() for name in steps(workdir))
 
 

@@ -259,6 +259,7 @@ def test_evaluate(examples, place, tmp_path, monkeypatch):
     for kind in (knn.Knn, linear.Linear, logistic.Logistic, collapse.Collapse, davis.Davis):
         monkeypatch.setattr(kind, "run", lambda self, frozen, stem: {"trained": {"x": 0.5}})
         monkeypatch.setattr(kind, "shown", lambda self, rows: rows)
+        monkeypatch.setattr(kind, "notes", lambda self, rows: [])
     networks = make_networks("16x1x2", image=8, patch=2, predictor=None)._replace(mean=(0.5,), std=(0.5,))
     networks = networks._replace(model=Model(size="16x1x2", patch_size=2, dtype="float32"), params={})
     shapes = pretrained.shapes(networks, classes=3)

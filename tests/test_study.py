@@ -184,10 +184,10 @@ def test_a_study_that_is_ended_anywhere_goes_on_and_loses_nothing(finished, tmp_
         file.unlink()
     write, judge = writer.Writer.write, runs.judge
 
-    def ended_at(folder, action):
+    def ended_at(folder, at, action):
         def then(self, step, metrics):
             write(self, step, metrics)
-            if step == 4 and folder in str(self._path):
+            if step == at and "lr" in metrics and folder in str(self._path):
                 action()
 
         monkeypatch.setattr(writer.Writer, "write", then)
@@ -195,7 +195,7 @@ def test_a_study_that_is_ended_anywhere_goes_on_and_loses_nothing(finished, tmp_
     def kill(*_, **__):
         raise KilledError
 
-    ended_at("I-JEPA/trial1", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    ended_at("I-JEPA/trial1", 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert not runs.run(study)
     assert "the study has stopped; the same command goes on from there" in capsys.readouterr().err
     assert not (study.workdir / "runs" / "C-JEPA" / "seed0").exists()  # no other run was begun
@@ -213,7 +213,7 @@ def test_a_study_that_is_ended_anywhere_goes_on_and_loses_nothing(finished, tmp_
     assert results.finished(study.trial(study.arms["I-JEPA"], 1))
     assert not (study.workdir / "runs" / "C-JEPA" / "seed0").exists()
     monkeypatch.setattr(DuringTraining, "report", report)
-    ended_at("C-JEPA/seed0", kill)
+    ended_at("C-JEPA/seed0", 4, kill)
     with pytest.raises(KilledError):
         runs.run(study)
     monkeypatch.setattr(writer.Writer, "write", write)

@@ -23,7 +23,7 @@ from cjepa_jax.models.predictor import PredictorConfig, build_predictor
 from cjepa_jax.models.vit import build_encoder
 from cjepa_jax.settings import parse_flat
 from cjepa_jax.train.checkpoint import META, read_meta
-from cjepa_jax.train.orbax import quiet_on_error
+from cjepa_jax.train.orbax import quiet_on_error, reader
 
 # Where a checkpoint's state holds each network: now, and in checkpoints written before states had "averages".
 NETWORKS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -75,7 +75,7 @@ def load(path: epath.Path, names: Sequence[str], *, flag: str = "--checkpoint") 
         _check_size(item, state)
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
         arguments = ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True)
-        restored = ocp.PyTreeCheckpointer().restore(state, args=arguments)
+        restored = reader(ocp.PyTreeCheckpointHandler).restore(state, args=arguments)
         wanted = read_meta(state.parent).get("checksums")  # which older checkpoints do not have
     wrong = "" if wanted is None else checksums.differences(checksums.of_tree(restored), wanted)
     require(not wrong, f"checkpoint {state.parent} is damaged: {wrong}; name another one, WORKDIR/checkpoints/STEP")

@@ -131,7 +131,7 @@ def program(way="replicated", devices=8):
 
 
 # What the other ways are put together of.
-QUICK = [
+USUAL = [
     pytest.param(way, marks=pytest.mark.slow) if way in ("dots", "zero1 of 4", "fsdp of 4") else way for way in WAYS
 ]
 
@@ -154,7 +154,7 @@ def three_steps(program):
     return jax.device_get(metrics), state
 
 
-@pytest.mark.parametrize("way", QUICK)
+@pytest.mark.parametrize("way", USUAL)
 def test_every_way_takes_the_same_steps(way):
     expected, reference = three_steps(compiled(devices=1))
     found, state = three_steps(compiled(way))
@@ -166,7 +166,7 @@ def test_every_way_takes_the_same_steps(way):
         assert np.linalg.norm(a - b) <= 1e-3 * np.linalg.norm(a) + 1e-5 * a.size**0.5
 
 
-@pytest.mark.parametrize("way", QUICK)
+@pytest.mark.parametrize("way", USUAL)
 def test_shards_are_where_they_should_be(way):
     built = compiled(way)
     _, shards, _, _ = WAYS[way]
@@ -187,7 +187,7 @@ def test_shards_are_where_they_should_be(way):
         assert a.sharding.is_equivalent_to(b.sharding, b.ndim)
 
 
-@pytest.mark.parametrize("way", QUICK)
+@pytest.mark.parametrize("way", USUAL)
 def test_the_collectives_are_those_expected(way):
     """Gradients and statistics are summed; parameters are gathered where they are cut, and nothing else is moved."""
     text = compiled(way).step.as_text()

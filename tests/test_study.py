@@ -347,7 +347,7 @@ def test_time_left_is_that_of_the_runs(tmp_path):
         print(json.dumps({"step": 3, "eval/knn": 0.1, "eval/seconds": 5.0, "images_per_second": 1.0}), file=file)
     seconds = 6 * 16 / 4 + 2 * 5
     assert runs.seconds_per_run(study) == pytest.approx({"I-JEPA": seconds, "C-JEPA": seconds})
-    left = runs.duration((3.5 + 4) * seconds)
+    left = writer.duration((3.5 + 4) * seconds)
     said = runs.plan(study)
     assert f"study: 0 of 8 runs done, about {left} left" in said and "trials 0/2  seeds 0/2" in said
 

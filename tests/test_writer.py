@@ -59,7 +59,7 @@ def test_speed_memory_and_time(tmp_path, clock, capsys, monkeypatch):
 
 @pytest.mark.parametrize("seconds, says", [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min"), (7260, "2 h 01 min")])
 def test_the_time_left_has_a_unit_that_fits(seconds, says):
-    assert writer._duration(seconds) == says
+    assert writer.duration(seconds) == says
 
 
 def test_curves_have_labels_and_no_empty_panel(tmp_path, monkeypatch):

@@ -63,11 +63,8 @@ class Davis(Evaluator):
                 patch_size=patch_size,
                 batch_size=frozen.mesh.size,
             )
-            results = {}
-            with frozen.progress(f"masks, {name}", total=len(found), unit="videos") as bar:
-                for video in found:
-                    results[video.name] = follow(video)
-                    bar.update()
+            videos = frozen.progress(f"masks, {name}", found, total=len(found), unit="videos")
+            results = {video.name: follow(video) for video in videos}
             if name == frozen.judged and stem is not None and jax.process_index() == 0:
                 _draw(found[:_VIDEOS], results, stem.with_name(f"{stem.name}.davis.png"))
             rows[name] = summary(results)

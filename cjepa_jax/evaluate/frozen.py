@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -82,15 +82,22 @@ class Frozen:
         count = len(reader.source)
         return [int(i) for i in np.sort(np.random.default_rng(0).permutation(count)[: self.images or count])]
 
-    def progress(self, what: str, *, total: int, unit: str) -> tqdm.tqdm:
+    def progress(self, what: str, over: Iterable[Any] | None = None, *, total: int, unit: str) -> tqdm.tqdm:
         """Makes a bar of progress, which also times; where stderr is no terminal it is renewed once a minute.
 
-        There is none while the encoders are still in training.
+        It gives the elements of `over`, or is told of progress by `update`. There is no bar while the encoders are
+        still in training.
         """
         interval = 0.1 if sys.stderr.isatty() else 60.0
         hidden = self.origin is None or jax.process_index() != 0
         return tqdm.tqdm(
-            desc=what, total=total, unit=f" {unit}", disable=hidden, mininterval=interval, maxinterval=max(interval, 10)
+            over,
+            desc=what,
+            total=total,
+            unit=f" {unit}",
+            disable=hidden,
+            mininterval=interval,
+            maxinterval=max(interval, 10),
         )
 
     @functools.cached_property

@@ -90,8 +90,8 @@ class Linear(Evaluator):
 
         def fit(batches: Iterator[Batches], members: Mapping[str, Any], what: str) -> dict[str, linear_grid.Probe]:
             every = longer * self.decay_every
-            with frozen.progress(what, total=epochs, unit="epochs") as bar:
-                return linear_grid.fit(_counted(batches, bar), members, decay_every=every, classes=frozen.classes)
+            counted = frozen.progress(what, batches, total=epochs, unit="epochs")
+            return linear_grid.fit(counted, members, decay_every=every, classes=frozen.classes)
 
         def cached(images: Mapping[str, Labelled]) -> Iterator[Batches]:
             return _cached(images, epochs=epochs, batch_size=self.batch_size, seed=seed, mesh=mesh)
@@ -187,12 +187,6 @@ class Linear(Evaluator):
     def metrics(self, rows: Rows) -> dict[str, float]:
         """Shows the accuracy of the judged encoder."""
         return {"linear": next(iter(rows.values()))["linear"]}
-
-
-def _counted(batches: Iterator[Batches], bar: Any) -> Iterator[Batches]:
-    for epoch in batches:
-        yield epoch
-        bar.update()
 
 
 def _save_with_head(frozen: Frozen, path: epath.Path, head: dict[str, np.ndarray], row: Rows) -> None:

@@ -9,6 +9,7 @@ from etils import epath
 
 from cjepa_jax.config import Eval
 from cjepa_jax.errors import UserError
+from cjepa_jax.evaluate.base import ERROR
 from cjepa_jax.files import read_json
 from cjepa_jax.methods import METHODS, find_method
 from cjepa_jax.models.vit import parse_size
@@ -104,10 +105,8 @@ def _tables(evaluation: Mapping[str, Any]) -> dict[str, Table]:
 def _number(row: Mapping[str, Any], key: str) -> str:
     """Writes a measure's number, or its mean over draws, with its standard error; "" for anything else."""
     value = row[key]
-    drawn = (
-        value if isinstance(value, dict) else {"mean": value, "standard error": row.get("standard error", {}).get(key)}
-    )
-    number, error = drawn.get("mean"), drawn.get("standard error")
+    drawn = value if isinstance(value, dict) else {"mean": value, ERROR: row.get(ERROR, {}).get(key)}
+    number, error = drawn.get("mean"), drawn.get(ERROR)
     if not isinstance(number, int | float):
         return ""
     return f"{number:.4g}" + (f" ± {error:.2g}" if error is not None else "")

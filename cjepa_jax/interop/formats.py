@@ -27,7 +27,7 @@ def open_source(path: epath.Path, options: ImportOptions) -> OpenedCheckpoint:
     if path.is_dir():
         if (path / "state").is_dir() or (path / "checkpoints").is_dir():
             return OpenedCheckpoint("orbax", pretrained.available(path), lambda names: pretrained.load(path, names))
-        if is_file(path / "config.json") and any(path.glob("*.safetensors")):
+        if transformers.is_folder(path):
             return transformers.open_folder(path, options)
         raise UserError(
             f"--input {path} is no checkpoint: neither a workdir, nor WORKDIR/checkpoints/STEP, nor a folder of "

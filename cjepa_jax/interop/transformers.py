@@ -8,13 +8,18 @@ import numpy as np
 from etils import epath
 
 from cjepa_jax.errors import require
-from cjepa_jax.files import read_json
+from cjepa_jax.files import is_file, read_json
 from cjepa_jax.interop import card, safetensors_files, torch_names
 from cjepa_jax.interop.safetensors_files import merge_options
 from cjepa_jax.interop.tensors import ImportOptions, OpenedCheckpoint, class_count, to_contiguous_tensors
 from cjepa_jax.models.layer_norm import LAYER_NORM_EPS
 from cjepa_jax.models.vit import parse_size
 from cjepa_jax.pretrained import Pretrained
+
+
+def is_folder(path: epath.Path) -> bool:
+    """Tells whether a folder looks like one of transformers."""
+    return is_file(path / "config.json") and any(path.glob("*.safetensors"))
 
 
 def open_folder(path: epath.Path, options: ImportOptions) -> OpenedCheckpoint:

@@ -1,12 +1,10 @@
 """Runs a study by the ordinary loop and evaluators, tells how far it is, and how long the rest will take."""
 
-import contextlib
 import itertools
 import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator
 
 import jax
 
@@ -63,16 +61,6 @@ def _check(study: Study) -> None:
         setup.set_up(_runs(study, arm)[0].config, study.workdir, None)
 
 
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """Takes back what a run sets for the whole process, so that each run is what it would be alone."""
-    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        jax.config.update("jax_default_matmul_precision", precision)
-
-
 def _train(study: Study, arm: Arm, one: Run, compile_step: memory.SharedSteps) -> bool:
     """Trains one run to its end, or on from where it stands; tells whether it got there."""
     if results.finished(one):
@@ -81,8 +69,7 @@ def _train(study: Study, arm: Arm, one: Run, compile_step: memory.SharedSteps) -
     _say(study, progress(study, (arm, one)))
     one.folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with _alone():
-            loop.train(one.config, one.folder, compile_step=compile_step)
+        loop.train(one.config, one.folder, compile_step=compile_step)
     except DivergedError as error:
         write_whole(one.folder / "diverged.txt", f"{error}\n")
         print(f"{one.folder}: {error}; the study goes on", file=sys.stderr, flush=True)
@@ -173,10 +160,10 @@ def progress(study: Study, now: tuple[Arm, Run] | None = None) -> str:
         done, count, trials = done + sum(over), count + len(over), len(arm.trials)
         line = f"  {name:{width}}  trials {sum(over[:trials])}/{trials}  seeds {sum(over[trials:])}/{len(study.seeds)}"
         if seconds:
-            line += f"  about {duration(seconds[name])} a run"
+            line += f"  about {writer.duration(seconds[name])} a run"
         text.append(line + (f"  <- {now[1].folder.name} of {now[1].steps} steps" if now and now[0] is arm else ""))
     left = sum(seconds[name] * _left(study, arm) for name, arm in study.arms.items()) if seconds else None
-    rest = "how long is left is known after the first run" if left is None else f"about {duration(left)} left"
+    rest = "how long is left is known after the first run" if left is None else f"about {writer.duration(left)} left"
     judged = all(
         path.exists() or results.diverged(one)
         for arm in study.arms.values()
@@ -205,10 +192,10 @@ def plan(study: Study) -> str:
         total += seconds
         text.append(
             f"  {name:{width}}  {count} runs of {arm.steps} steps, {arm.images_seen:,} images: {1000 * step:.3g} ms a "
-            f"step, {probe:.2g} s a probe, {compiling:.2g} s to compile; {duration(seconds)} in all"
+            f"step, {probe:.2g} s a probe, {compiling:.2g} s to compile; {writer.duration(seconds)} in all"
         )
     text.append(
-        f"about {duration(total)} in all, by {_TIMED_STEPS} steps of each arm on {jax.device_count()} x "
+        f"about {writer.duration(total)} in all, by {_TIMED_STEPS} steps of each arm on {jax.device_count()} x "
         f"{jax.devices()[0].device_kind}; the evaluation of finished runs is not in it"
     )
     return "\n".join(text)
@@ -217,9 +204,7 @@ def plan(study: Study) -> str:
 def _measure(study: Study, arm: Arm) -> tuple[float, float, float]:
     """Times compiling the step of an arm, its steps and an evaluation, in seconds; writes nothing."""
     config = _runs(study, arm)[0].config
-    with _alone():
-        if config.model.dtype == "float32":  # as the loop does
-            jax.config.update("jax_default_matmul_precision", "highest")
+    with setup.precision(config):
         training = setup.set_up(config, study.workdir, None)
         program = training.program
         rng = jax.device_put(jax.random.key(0), program.whole)
@@ -239,11 +224,3 @@ def _measure(study: Study, arm: Arm) -> tuple[float, float, float]:
         probe = [training.evaluation.probe(networks)["eval/seconds"] for _ in range(2)][-1]
     step = statistics.median(took[1:])
     return took[0] - step, step, probe
-
-
-def duration(seconds: float) -> str:
-    """Writes a time for people."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"

@@ -123,7 +123,8 @@ class Checkpointer:
         try:
             with orbax.quiet_on_error():
                 as_saved = _as_saved(abstract_state, path / "state")
-                saved = orbax.reader().restore(absolute(path / "state"), args=ocp.args.StandardRestore(as_saved))
+                reader = orbax.reader(ocp.StandardCheckpointHandler)
+                saved = reader.restore(absolute(path / "state"), args=ocp.args.StandardRestore(as_saved))
                 meta = read_meta(path)
                 fingerprint = meta["fingerprint"]
         except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file

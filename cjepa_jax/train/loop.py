@@ -21,7 +21,7 @@ from cjepa_jax.train.alarm import Alarm
 from cjepa_jax.train.diagnostics import diagnose
 from cjepa_jax.train.feed import Feed
 from cjepa_jax.train.nonfinite import DivergedError, Recorder
-from cjepa_jax.train.setup import Training, set_up
+from cjepa_jax.train.setup import Training, precision, set_up
 from cjepa_jax.train.step import Program, TrainState
 from cjepa_jax.train.trouble import Trouble
 
@@ -60,7 +60,7 @@ def train(
             refused = error
         if distributed.any_of_them(run is None) or run is None:  # all have checked the workdir before one makes it
             raise refused or UserError(_ELSEWHERE)
-        with lock.Lock(workdir) as held, memory.explained(run.config):
+        with lock.Lock(workdir) as held, memory.explained(run.config), precision(run.config):
             return _train(run, workdir, held, profile, compile_step or memory.compile_step)
 
 
@@ -72,8 +72,6 @@ def _train(
     compile_step: Callable[[Program, int], jax.stages.Compiled],
 ) -> TrainState:
     """Trains what was checked, in a workdir that nobody else writes to."""
-    if run.config.model.dtype == "float32":  # TPUs and GPUs would round the operands of exact products
-        jax.config.update("jax_default_matmul_precision", "highest")
     config, program, steps, reader = run.config, run.program, run.steps, run.reader
     compiled = compile_step(program, steps)
     root = jax.jit(lambda: tuple(jax.random.split(jax.random.key(config.seed))), out_shardings=program.whole)

@@ -21,17 +21,16 @@ def write_arrays_whole() -> None:
     ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
 
 
-def reader() -> ocp.Checkpointer:
+def reader(handler: type[ocp.CheckpointHandler]) -> ocp.Checkpointer:
     """Reads states without a wait for other processes, so that one that fails leaves nobody waiting.
 
-    Each process reads the parts of arrays that its devices hold.
+    Each process reads the parts of arrays that its devices hold. handler: Orbax' class for what is read.
     """
     mine = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
         primary_host=mine, active_processes={mine}, barrier_sync_key_prefix=f"process{mine}"
     )
-    handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
-    return ocp.Checkpointer(handler, multiprocessing_options=alone)
+    return ocp.Checkpointer(handler(multiprocessing_options=alone), multiprocessing_options=alone)
 
 
 def meet_writers(*, key: str, timeout_ms: int) -> None:

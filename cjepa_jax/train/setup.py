@@ -18,7 +18,6 @@ from cjepa_jax.config import Config, Data
 from cjepa_jax.data import pipeline, sources
 from cjepa_jax.errors import UserError, require
 from cjepa_jax.evaluate.during import DuringTraining
-from cjepa_jax.files import is_file
 from cjepa_jax.interop import transformers
 from cjepa_jax.interop.tensors import ImportOptions, OpenedCheckpoint
 from cjepa_jax.methods import METHODS, Method
@@ -72,6 +71,11 @@ class Training:
             f"made longer: {before} -> {self.steps} steps; from step {step} on the schedules are those of the new "
             f"length: {', '.join(jumps)}"
         )
+
+
+def precision(config: Config) -> contextlib.AbstractContextManager[Any]:
+    """Keeps products of float32 exact where a config asks for them; TPUs and GPUs would round their operands."""
+    return jax.default_matmul_precision("highest") if config.model.dtype == "float32" else contextlib.nullcontext()
 
 
 def set_up(
@@ -150,7 +154,7 @@ def _load_init(init: epath.Path, kind: type[Method], config: Config) -> tuple[pr
     encoder it wants. Raises UserError.
     """
     with _saying_init():
-        if is_file(init / "config.json") and any(init.glob("*.safetensors")):
+        if transformers.is_folder(init):
             opened = transformers.open_folder(init, ImportOptions())
         else:
             load = functools.partial(pretrained.load, init, flag="--init")

@@ -183,7 +183,7 @@ class Writer:
         if self._bar.disable:
             date = f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}"
             place = f"step {step}/{self._steps}", f"epoch {epoch:.4g}/{self._steps * self._epochs_per_step:.4g}"
-            left = [f"{_duration(metrics['seconds_left'])} left"] if "seconds_left" in metrics else []
+            left = [f"{duration(metrics['seconds_left'])} left"] if "seconds_left" in metrics else []
             print("  ".join([date, *place, *shown, *left, *filter(None, [probes])]), file=sys.stderr, flush=True)
             return
         columns = self._bar.format_dict["ncols"]
@@ -223,7 +223,8 @@ def _memory() -> dict[str, float]:
     return {"memory_gib": max(peaks) / 2**30} if peaks else {}
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Writes a time for people."""
     if seconds < 59.5:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

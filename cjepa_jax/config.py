@@ -135,6 +135,10 @@ class Optim:
         "The gradient is scaled down where its norm over all parameters is above this; 0: it is never.",
         within="[0, 1e30]",
     )
+    frozen: tuple[str, ...] = setting(
+        (),
+        "Networks, or parts of them, whose parameters stay as they are: encoder, or encoder/embed, or encoder/block00.",
+    )
     microbatches: int = setting(
         1,
         "Parts in which a batch goes through the networks, one after another, to save memory. The loss still sees the "
@@ -200,6 +204,9 @@ class Log:
     """How often progress goes to the bar, metrics.jsonl and TensorBoard, and what follows from it."""
 
     every: int = setting(50, "Steps between log lines.", within="[1, 1e9]")
+    to: tuple[Literal["wandb", "mlflow"], ...] = setting(
+        (), "Experiment trackers that get the lines, too; where they send them, their environment variables say."
+    )
     collapse: Literal["warn", "stop", "off"] = setting(
         "warn",
         "What follows when the features have been collapsing for a while: a line, the end of the run, or nothing.",
@@ -213,6 +220,11 @@ class Checkpoint:
     every: int = setting(1000, "Steps between checkpoints; the last step is always saved.", within="[1, 1e9]")
     keep_last: int = setting(2, "How many of the newest stay.", within="[1, 1e6]")
     keep_every: int = setting(0, "Checkpoints at multiples of this step stay for good; 0: none.", within="[0, 1e9]")
+    keep_best: Literal["", "knn", "logistic", "linear", "top1", "ema_top1"] = setting(
+        "",
+        "A result of the evaluation during training: the checkpoint of the step where it was highest stays, too, and "
+        "each evaluation is at a checkpoint.",
+    )
     fall_back: bool = setting(
         False, "Whether a damaged newest checkpoint is set aside and the newest good one used, instead of an error."
     )
@@ -236,9 +248,26 @@ class Eval:
     crop_fraction: float = setting(
         0.875, "Side of the central crop over the short side of the image.", within="[0.01, 1]"
     )
+    source: SourceKind | None = setting(
+        None,
+        "Images with labels to evaluate on, where they are not those of `data`: the kind of data set. Of this and the "
+        "four settings below, what is None is as in `data`.",
+    )
+    name: str | None = setting(None, "Name of a TFDS set.")
+    data_dir: str | None = setting(None, "Where the data set lies.")
+    train_split: str | None = setting(None, "The images to learn from.")
+    test_split: str | None = setting(None, "The images to judge by.")
     neighbours: int = setting(20, "k of the nearest neighbours.", within="[1, 1e6]")
     shots: int = setting(10, "Labels of a class, where few labels are used.", within="[1, 1e6]")
     draws: int = setting(5, "Draws of the few labels.", within="[1, 1000]")
+
+    def data(self, training: Data) -> Data:
+        """Returns where the images to evaluate on come from; `training` says so of those that are trained on."""
+        names = ("source", "name", "data_dir", "train_split", "test_split")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if "source" in given:  # what belongs to another kind of set says nothing about this one
+            given = {"name": "", "data_dir": "", **given}
+        return dataclasses.replace(training, **given)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,8 +3,8 @@
     python -m cjepa_jax.study --config=configs/study_collapse_digits.py --plan
     python -m cjepa_jax.study --config=configs/study_collapse_digits.py
 
-I-JEPA and C-JEPA with three coefficients, each with and without EMA; two learning rates are tried for each arm, and the
-better one runs with three seeds: 40 runs of 898 steps. Hardware: 2 CPU cores; docs/study.md says how long it takes.
+I-JEPA and C-JEPA with five coefficients, each with and without EMA; two learning rates are tried for each arm, and the
+better one runs with five seeds: 84 runs of 898 steps. Hardware: 2 CPU cores; docs/study.md says how long it takes.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 def get_config() -> dict[str, Any]:
     arms = {}
     for ema, average in (("", {}), (", no EMA", {"ema": {"start": 0.0, "end": 0.0}})):
-        for weight in (0.0, 0.003, 0.02, 0.1):
+        for weight in (0.0, 0.001, 0.003, 0.01, 0.03, 0.1):
             name = f"C-JEPA {weight}" if weight else "I-JEPA"
             arms[name + ema] = {"settings": {"vicreg": {"weight": weight}, **average}}
     return dict(
@@ -21,7 +21,7 @@ def get_config() -> dict[str, Any]:
         arms=arms,
         baseline="I-JEPA",
         tune={"optim.learning_rate": (1e-3, 3e-3)},
-        seeds=(0, 1, 2),
+        seeds=(0, 1, 2, 3, 4),
         splits=dict(train="train[:80%]", held_out="train[80%:]", test="test"),
         probes=8,
     )

@@ -10,9 +10,10 @@ from etils import epath
 from cjepa_jax.config import Mesh
 from cjepa_jax.data import pipeline, sources
 from cjepa_jax.errors import UserError
-from cjepa_jax.evaluate.during import DuringTraining
+from cjepa_jax.evaluate.during import DuringTraining, reader_to_learn_from
 from cjepa_jax.models.vit import build_encoder
 from cjepa_jax.train import sharding
+from cjepa_jax.train.setup import set_up
 
 
 def test_the_log_shows_the_trained_encoder_and_not_a_baseline(make_config, tmp_path, capsys):
@@ -36,6 +37,26 @@ def test_the_log_shows_the_trained_encoder_and_not_a_baseline(make_config, tmp_p
     assert found["eval/logistic"] == quick["eval/logistic"] == results["logistic"]["trained"]["all labels"]
     assert len(results["knn"]["trained"]["weighted, 10 a class"]["draws"]) == 2
     assert "untrained" in capsys.readouterr().out
+
+
+def test_unlabelled_images_are_trained_on_and_labelled_ones_judge(make_config, tmp_path):
+    """The images to learn from are read anew only where they are others than those of training."""
+    np.savez(tmp_path / "own.npz", train_images=np.zeros((40, 8, 8), np.uint8))
+    own = {"data__source": "npz", "data__data_dir": str(tmp_path / "own.npz"), "eval__every": 2}
+    judges = {"eval__source": "digits", "eval__train_split": "train[:60]", "eval__test_split": "test[:50]"}
+    config = make_config(**own, **judges)
+    run = set_up(config, epath.Path(tmp_path / "run"), None)
+    assert run.evaluation and len(run.reader.source) == 40 and run.reader.source.classes == ()
+    networks = run.program.init(jax.random.key(0)).params
+    run.evaluation.report(networks, None, epath.Path(tmp_path), step=0)
+    written = json.loads((tmp_path / "evaluation.json").read_text())
+    assert {split: found["images"] for split, found in written["images"].items()} == {"train": 60, "test": 50}
+    assert written["data"]["source"] == "digits" and written["data"]["data_dir"] == ""
+    assert set_up(make_config(**own), epath.Path(tmp_path / "run"), None).evaluation is None
+
+    config = make_config(eval__every=2, eval__test_split="test[:50]")
+    train = pipeline.Reader(sources.load(config.data, config.data.train_split), config.data)
+    assert reader_to_learn_from(config, train) is train
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from cjepa_jax.batch import Batch
+from cjepa_jax.errors import UserError
 from cjepa_jax.methods.base import Method
 from cjepa_jax.methods.cjepa import CJEPA
 from cjepa_jax.train import optimizer
-from cjepa_jax.train.step import init_state, train_step
+from cjepa_jax.train.sharding import make_mesh
+from cjepa_jax.train.step import build, init_state, train_step
 
 STEPS = 1000
 RATES = dict(learning_rate_start=1e-4, learning_rate=1e-3, learning_rate_end=1e-6)
@@ -129,6 +131,45 @@ def test_clipping_scales_the_gradient_down_where_its_norm_is_above_the_limit(mak
     with pytest.raises(AssertionError):
         close(moments(2.5, grads), moments(0.0, grads))
     assert optimizer.build(CJEPA(make_config()), 10, params).init(params)[0].mu  # the state of old checkpoints
+
+
+def test_frozen_parts_stay_and_the_others_move_as_ever(make_config):
+    """On eight devices that share the parameters; what is frozen has no moments either."""
+    shared = dict(mesh__fsdp=2, data__batch_size=8, model__size="128x2x4", predictor__width=128)
+    states = {}
+    for frozen in ((), ("encoder/embed", "encoder/block00", "predictor")):
+        config = make_config(optim__frozen=frozen, **shared)
+        program = build(CJEPA(config), 10, make_mesh(config.mesh))
+        first = program.init(jax.random.key(0))
+        before = jax.device_get(first.params)
+        images = np.random.default_rng(0).integers(0, 256, program.batch.images.shape, np.uint8)
+        batch = jax.device_put(Batch(images, np.zeros(len(images), np.int32)), program.split)
+        state, *_ = program.step(first, batch, jax.random.key(1))
+        states[frozen] = jax.device_get(state.params), len(jax.tree.leaves(state.opt_state))
+    (free, free_leaves), (partly, partly_leaves) = states.values()
+    stays = optimizer.frozen(config.optim, before)
+    assert free_leaves - partly_leaves == 2 * sum(jax.tree.leaves(stays)) > 0
+    for path, kept in jax.tree.leaves_with_path(stays):
+        start, moved, now = (functools.reduce(lambda tree, key: tree[key.key], path, x) for x in (before, free, partly))
+        name = jax.tree_util.keystr(path)
+        assert kept == (path[0].key == "predictor" or path[1].key in ("embed", "block00")), name
+        assert np.array_equal(now, start) == kept, name
+        if not kept:
+            np.testing.assert_allclose(now, moved, rtol=1e-6, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "names, says",
+    [
+        (("encodr",), "optim.frozen: 'encodr' is not known; did you mean 'encoder'?"),
+        (("encoder/blocks",), "optim.frozen: 'encoder/blocks' is not known; did you mean 'encoder/block0"),
+        (("encoder", "predictor"), "leaves nothing to train"),
+    ],
+)
+def test_a_name_that_freezes_nothing_or_all_is_refused(make_config, names, says):
+    config = make_config(optim__frozen=names)
+    with pytest.raises(UserError, match=says):
+        build(CJEPA(config), 10, make_mesh(config.mesh))
 
 
 def test_target_starts_as_a_copy_of_the_encoder(make_config):

@@ -19,6 +19,7 @@ from etils import epath
 from cjepa_jax import checksums, pretrained
 from cjepa_jax.config import Checkpoint
 from cjepa_jax.errors import StorageError, UserError
+from cjepa_jax.evaluate import during
 from cjepa_jax.interop.conversion import convert
 from cjepa_jax.interop.tensors import ImportOptions
 from cjepa_jax.train import checkpoint, loop, nonfinite, optimizer
@@ -346,6 +347,25 @@ def test_a_slow_blow_up_leaves_a_checkpoint_from_before(tmp_path):
     losses = {line["step"]: line["loss/total"] for line in read(workdir)}
     assert last > first + 10 and losses[first] < 20 * losses[1] and losses[last] > 1000 * losses[first]
     assert pretrained.load(workdir / "checkpoints" / str(first), ("encoder",)).step == first
+
+
+def test_the_best_checkpoint_by_a_probe_stays(tmp_path, monkeypatch, capsys):
+    """A run that goes on knows it by metrics.jsonl."""
+    workdir, found = epath.Path(tmp_path / "run"), iter((0.2, 0.9, 0.4, 0.3))
+    monkeypatch.setattr(during.DuringTraining, "probe", lambda *_: {"eval/knn": next(found)})
+    monkeypatch.setattr(during.DuringTraining, "report", lambda *_, **__: {"eval/knn": 0.5})
+    settings = dict(eval__every=2, checkpoint__every=1000, checkpoint__keep_last=1, checkpoint__keep_best="knn")
+    short = small(optim__epochs=10 * 16 / 1437, optim__warmup_epochs=0.0, **settings)
+    for _ in range(2):
+        loop.train(short, workdir)
+        assert steps(workdir) == ["10", "4"]
+        assert f"; the best knn, 90.0%, is that of {workdir}/checkpoints/4" in capsys.readouterr().err
+    for more, says in (
+        ({"eval__every": 0}, "is not evaluated during training: nothing is; see eval.every, eval.source"),
+        ({"eval__evaluators": ("logistic",)}, "is not evaluated during training: eval.evaluators are logistic"),
+    ):
+        with pytest.raises(UserError, match=f"checkpoint.keep_best = 'knn' {says}"):
+            loop.train(small(**settings | more), epath.Path(tmp_path / "other"))
 
 
 # Full disks

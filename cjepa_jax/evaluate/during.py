@@ -1,5 +1,6 @@
 """Evaluation of networks that are still in training, by the evaluators of the command."""
 
+import dataclasses
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -30,11 +31,18 @@ from cjepa_jax.settings import flatten
 from cjepa_jax.train import sharding
 
 
+def reader_to_learn_from(config: Config, training: pipeline.Reader) -> pipeline.Reader:
+    """Returns the reader of the images that evaluators learn from: by default those that are trained on."""
+    data = config.eval.data(config.data)
+    same = dataclasses.replace(data, test_split=config.data.test_split) == config.data
+    return training if same or not config.eval.every else pipeline.Reader(sources.load(data, data.train_split), data)
+
+
 class DuringTraining:
     """Runs the evaluators that `eval.evaluators` names, on a bounded number of images."""
 
     def __init__(self, config: Config, train: pipeline.Reader, mesh: jax.sharding.Mesh):
-        """Checks settings and images; computes nothing.
+        """Checks settings and images, of which `train` reads those to learn from; computes nothing.
 
         Raises UserError for an evaluator that is not known or looks at checkpoints only, and for images without
         labels where one needs some.
@@ -48,11 +56,12 @@ class DuringTraining:
         for name in options.evaluators:
             require(name in known, f"eval.evaluators: {name!r} is not known; {nearest(name, known)}")
         self._evaluators = [known[name] for name in options.evaluators]
-        test = pipeline.Reader(sources.load(config.data, config.data.test_split), config.data)
-        self._config, self._mesh, self._readers = config, mesh, {"train": train, "test": test}
+        data = config.eval.data(config.data)
+        test = pipeline.Reader(sources.load(data, data.test_split), data)
+        self._config, self._data, self._readers = config, data, {"train": train, "test": test}
         if any(one.needs_labels for one in self._evaluators):
-            check_labels(config.data, train.source, test.source)
-        warn_of_same_images(config.data, train.source, test.source)
+            check_labels(data, train.source, test.source)
+        warn_of_same_images(data, train.source, test.source)
         layers = max((one.deepest for one in self._evaluators), default=1)
         apply = mean_features(config.model, config.data, trained_size=config.data.image_size, layers=layers)
         encoders = dict.fromkeys((TRAINED, UNTRAINED, PARAMETERS, AVERAGE), apply) | {PIXELS: pixels}
@@ -111,7 +120,7 @@ class DuringTraining:
             extractor=self._extractor,
             model=config.model,
             trained_size=config.data.image_size,
-            data=config.data,
+            data=self._data,
             crop_fraction=config.eval.crop_fraction,
             images=config.eval.images,
             heads={name: self._whole(tree) for name, tree in heads.items()},

@@ -42,8 +42,8 @@ class DamagedError(Exception):
 
 
 @dataclasses.dataclass
-class _KeepCalm(managers.PreservationPolicy):
-    """Keeps the newest checkpoint that was saved while the run was calm."""
+class _KeepOne(managers.PreservationPolicy):
+    """Keeps the checkpoint of one step."""
 
     step: int | None = None
 
@@ -72,8 +72,9 @@ class Checkpointer:
         self._meta = meta
         self._every, self._fall_back = checkpoint.every, checkpoint.fall_back
         self._saving: tuple[int, int] | None = None  # step and bytes of a save that is not known to be complete
-        self._calm = _KeepCalm()
-        kept: list[managers.PreservationPolicy] = [managers.LatestN(checkpoint.keep_last), self._calm]
+        self._calm = _KeepOne()  # the newest one that was saved while the run was calm
+        self._best, self._best_by, self._highest = _KeepOne(), checkpoint.keep_best, -math.inf
+        kept: list[managers.PreservationPolicy] = [managers.LatestN(checkpoint.keep_last), self._calm, self._best]
         if checkpoint.keep_every:
             kept.append(managers.EveryNSteps(checkpoint.keep_every))
         options = ocp.CheckpointManagerOptions(
@@ -185,6 +186,18 @@ class Checkpointer:
         with storing(self._directory / str(step), needed), orbax.quiet_on_error():
             self._manager.save(step, args=args, force=True)
         self._saving = step, needed
+
+    def judge(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Looks at a line of metrics.jsonl: where it is the best evaluation so far, the step's checkpoint stays."""
+        if (value := metrics.get(f"eval/{self._best_by}", -math.inf)) > self._highest:
+            self._best.step, self._highest = step, value
+
+    def best(self) -> str:
+        """Says which checkpoint had the best evaluation; "" where none is chosen by that."""
+        if self._best.step is None:
+            return ""
+        path = self._directory / str(self._best.step)
+        return f"; the best {self._best_by}, {self._highest:.1%}, is that of {path}"
 
     def watch(self) -> StorageError | None:
         """Returns the failure of the last save, where it is over and has failed; does not wait."""

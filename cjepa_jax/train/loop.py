@@ -16,7 +16,7 @@ from cjepa_jax.errors import StorageError, UserError
 from cjepa_jax.evaluate import report
 from cjepa_jax.methods.base import Method, Metrics
 from cjepa_jax.tpu import chips, flops
-from cjepa_jax.train import checkpoint, distributed, lock, memory, peers, sharding, writer
+from cjepa_jax.train import checkpoint, distributed, lock, memory, peers, sharding, trackers, writer
 from cjepa_jax.train.alarm import Alarm
 from cjepa_jax.train.diagnostics import diagnose
 from cjepa_jax.train.feed import Feed
@@ -73,6 +73,7 @@ def _train(
 ) -> TrainState:
     """Trains what was checked, in a workdir that nobody else writes to."""
     config, program, steps, reader = run.config, run.program, run.steps, run.reader
+    following = _connect(run, workdir)
     compiled = compile_step(program, steps)
     root = jax.jit(lambda: tuple(jax.random.split(jax.random.key(config.seed))), out_shardings=program.whole)
     rng_init, rng_step = root()
@@ -87,6 +88,7 @@ def _train(
     trouble, before = Trouble(), [line for line in writer.read(workdir) if line["step"] <= start]
     for line in before:
         trouble.observe(line)
+        checkpoints.judge(int(line["step"]), line)
     alarm = Alarm(config.log, steps, before)
     log = writer.Writer(
         workdir,
@@ -95,6 +97,7 @@ def _train(
         batch_size=config.data.batch_size,
         images=len(reader.source),
         peak=_peak(run.method),
+        trackers=following,
     )
     checkpoint.write_config(workdir, run.meta["config"])  # after metrics.jsonl, by which its steps are judged
     if jax.process_index() == 0:
@@ -117,7 +120,9 @@ def _train(
     def probe() -> None:
         assert run.evaluation
         log.pause()
-        log.write(step, run.evaluation.probe(run.method.networks(state.params, state.averages)))
+        metrics = run.evaluation.probe(run.method.networks(state.params, state.averages))
+        log.write(step, metrics)
+        checkpoints.judge(step, metrics)
 
     probes = range(config.eval.every, steps, config.eval.every) if run.evaluation else ()
     with (
@@ -146,6 +151,7 @@ def _train(
                 distributed.wait_for(running)  # one step ahead is enough; without end, images would pile up there
                 asked = consensus.result()
             saves = checkpoints.due(step + 1) or step + 1 == steps or asked != distributed.GO_ON
+            saves = saves or (config.checkpoint.keep_best != "" and step + 1 in probes)
             if saves:
                 held.look()
             requested = distributed.STOP if stop.requested or alarm.wants_stop else distributed.GO_ON
@@ -202,12 +208,26 @@ def _train(
             metrics = run.evaluation.report(networks, untrained, workdir, step=step)
             if not log.has_evaluation(step):
                 log.write(step, metrics)
+            checkpoints.judge(step, metrics)
     if jax.process_index() == 0:
         curves.draw()
-        print(_farewell(workdir, step, steps, owes=owes), file=sys.stderr)
+        print(_farewell(workdir, step, steps, owes=owes) + checkpoints.best(), file=sys.stderr)
     if step < steps:
         alarm.check(step)
     return state
+
+
+def _connect(run: Training, workdir: epath.Path) -> trackers.Trackers | None:
+    """Connects process 0 with the trackers of `log.to`. All processes raise UserError where that fails."""
+    refused = following = None
+    if jax.process_index() == 0:
+        try:
+            following = trackers.connect(run.config.log.to, workdir, run.meta["config"])
+        except UserError as error:
+            refused = error
+    if distributed.any_of_them(refused is not None):
+        raise refused or UserError(_ELSEWHERE)
+    return following
 
 
 def _all_raise(error: Exception) -> bool:

@@ -6,6 +6,7 @@ import optax
 from jaxtyping import PyTree
 
 from cjepa_jax.config import Ema, Optim
+from cjepa_jax.errors import nearest, require
 from cjepa_jax.methods.base import Method, Params
 
 
@@ -44,10 +45,28 @@ def decay_mask(params: PyTree) -> PyTree:
     return jax.tree.map(lambda p: p.ndim > 1, params)
 
 
+def frozen(optim: Optim, params: Params) -> PyTree:
+    """Tells which parameters stay as they are, because `optim.frozen` names them or a part that they belong to.
+
+    Raises UserError for a name that no parameter has, and where nothing would be trained.
+    """
+
+    def parts(path: jax.tree_util.KeyPath) -> set[str]:
+        return {jax.tree_util.keystr(path[:end], simple=True, separator="/") for end in range(1, len(path) + 1)}
+
+    known = set().union(*(parts(path) for path, _ in jax.tree.leaves_with_path(params)))
+    for name in optim.frozen:
+        alike = [part for part in known if part.count("/") == name.count("/")]
+        require(name in known, f"optim.frozen: {name!r} is not known; {nearest(name, alike)}")
+    found = jax.tree_util.tree_map_with_path(lambda path, _: not parts(path).isdisjoint(optim.frozen), params)
+    require(not all(jax.tree.leaves(found)), f"optim.frozen = {optim.frozen} leaves nothing to train")
+    return found
+
+
 def build(method: Method, steps: int, params: Params) -> optax.GradientTransformation:
     """Builds AdamW with the schedules of a run of `steps` steps, clipping, and the method's factor on each update.
 
-    Decay is decoupled and multiplied by the learning rate, as in PyTorch's AdamW.
+    Decay is decoupled and multiplied by the learning rate, as in PyTorch's AdamW. Raises UserError as `frozen` does.
     """
     optim, scale = method.config.optim, method.update_scale(params)
     adamw = optax.adamw(
@@ -59,6 +78,8 @@ def build(method: Method, steps: int, params: Params) -> optax.GradientTransform
         mask=decay_mask,
     )
     parts = [optax.clip_by_global_norm(optim.clip_norm), adamw] if optim.clip_norm else [adamw]
+    if optim.frozen:
+        parts = [optax.selective_transform(optax.chain(*parts), freeze_mask=frozen(optim, params))]
     if scale is not None:
         parts.append(optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, scale)))
-    return optax.chain(*parts) if len(parts) > 1 else adamw  # a chain of one has another state
+    return optax.chain(*parts) if len(parts) > 1 else parts[0]  # a chain of one has another state

@@ -17,13 +17,13 @@ from cjepa_jax import pretrained
 from cjepa_jax.config import Config, Data
 from cjepa_jax.data import pipeline, sources
 from cjepa_jax.errors import UserError, require
-from cjepa_jax.evaluate.during import DuringTraining
+from cjepa_jax.evaluate.during import DuringTraining, reader_to_learn_from
 from cjepa_jax.interop import transformers
 from cjepa_jax.interop.tensors import ImportOptions, OpenedCheckpoint
 from cjepa_jax.methods import METHODS, Method
 from cjepa_jax.models.vit import parse_size
 from cjepa_jax.settings import flatten
-from cjepa_jax.train import checkpoint, optimizer, sharding, step
+from cjepa_jax.train import checkpoint, optimizer, sharding, step, trackers
 
 
 @dataclasses.dataclass
@@ -93,8 +93,14 @@ def set_up(
     Raises UserError, before anything is compiled or written.
     """
     data, kind = config.data, METHODS[config.method]
+    trackers.check(config.log.to)
     source = source or sources.load(data, data.train_split)
     if kind.needs_labels:
+        require(
+            config.eval.data(data) == data,
+            "eval.source, .name, .data_dir, .train_split and .test_split are for pre-training; leave them out, as "
+            "fine-tuning is judged on data.test_split",
+        )
         _check_labels(data, source, sources.load(data, data.test_split))
     loaded, origin = _load_init(init, kind, config) if init else (None, "")
     config = kind.resolve(config, str(init), loaded)
@@ -106,15 +112,23 @@ def set_up(
         start = {"classes": list(source.classes)}
         start |= {"init.step": loaded.step, "init.digest": _digest(loaded.params)} if loaded else {}
     config, notes, epochs_before = checkpoint.check_workdir(workdir, config, start, extend=extend)
-    notes += _doubts(config, source)
+    reader = pipeline.Reader(source, data)
+    learn_from = reader_to_learn_from(config, reader)
+    notes += _doubts(config, source, learn_from.source)
     if jax.process_index() == 0:
         for note in notes:
             print(note, file=sys.stderr, flush=True)
     method = dataclasses.replace(method, config=config)
-    reader = pipeline.Reader(source, data)
     mesh = sharding.make_mesh(config.mesh)
     program = step.build(method, steps, mesh)
-    evaluation = DuringTraining(config, reader, mesh) if config.eval.every and len(source.classes) > 1 else None
+    evaluates = config.eval.every > 0 and len(learn_from.source.classes) > 1
+    evaluation = DuringTraining(config, learn_from, mesh) if evaluates else None
+    best, evaluators = config.checkpoint.keep_best, config.eval.evaluators if evaluation else ()
+    require(
+        not best or ("accuracy" if best.endswith("top1") else best) in evaluators,
+        f"checkpoint.keep_best = {best!r} is not evaluated during training: "
+        + (f"eval.evaluators are {', '.join(evaluators)}" if evaluation else "nothing is; see eval.every, eval.source"),
+    )
     networks = loaded.params if loaded else {}
     if loaded and networks:
         params, averages = method.start_from(networks)
@@ -191,7 +205,7 @@ def _saying_init() -> Iterator[None]:
         raise UserError(str(error).replace("--input ", "--init ")) from None
 
 
-def _doubts(config: Config, source: sources.Source) -> list[str]:
+def _doubts(config: Config, source: sources.Source, evaluated: sources.Source) -> list[str]:
     """Says what makes the results of a run mean less than they seem to."""
     notes, batch = [], config.data.batch_size
     if len(source) < batch:
@@ -199,9 +213,12 @@ def _doubts(config: Config, source: sources.Source) -> list[str]:
             f"warning: a batch of {batch} images holds each of the {len(source)} training images more than once, which "
             f"statistics over the batch are not made for; lower data.batch_size"
         )
-    if config.eval.every and len(source.classes) < 2:
-        what = f"are all of one class, {source.classes[0]!r}" if source.classes else "have no labels"
-        notes.append(f"warning: eval.every = {config.eval.every} evaluates nothing, because the training images {what}")
+    if config.eval.every and len(evaluated.classes) < 2:
+        what = f"are all of one class, {evaluated.classes[0]!r}" if evaluated.classes else "have no labels"
+        notes.append(
+            f"warning: eval.every = {config.eval.every} evaluates nothing, because the training images {what}; "
+            "eval.source names other images to evaluate on"
+        )
     return notes
 
 

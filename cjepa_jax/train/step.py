@@ -66,6 +66,9 @@ def train_step(
     forward = microbatch.forward(method, config.optim.microbatches)
 
     def loss_fn(params: Params) -> tuple[Float[Array, ""], tuple[Metrics, Any]]:
+        if config.optim.frozen:  # so that their gradients are not computed
+            stays = optimizer.frozen(config.optim, params)
+            params = jax.tree.map(lambda x, is_frozen: jax.lax.stop_gradient(x) if is_frozen else x, params, stays)
         outputs = forward(params, averages, inputs)
         loss, metrics = method.loss(params, outputs)
         return loss, (metrics, outputs.get("features"))

@@ -1,4 +1,4 @@
-"""Metrics to the progress bar, `metrics.jsonl` and TensorBoard, from process 0 only."""
+"""Metrics to the progress bar, `metrics.jsonl`, TensorBoard and other trackers, from process 0 only."""
 
 import datetime
 import json
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from cjepa_jax.errors import StorageError
 from cjepa_jax.files import is_file, is_remote, storing, write_whole
+from cjepa_jax.train.trackers import Trackers
 
 _SHOWN = {  # metric -> its name and form on the screen, where the first come first
     "loss/total": ("loss", ".4g"),
@@ -31,7 +32,7 @@ _SHOWN = {  # metric -> its name and form on the screen, where the first come fi
 }
 # What in a line depends on the clock and the machine, and so differs between two runs that are equal.
 TIMED = frozenset({"time", "images_per_second", "mfu", "seconds_left", "memory_gib", "data/wait_fraction"})
-_PROBES = ("eval/knn", "eval/logistic", "eval/top1", "eval/ema_top1")
+_PROBES = ("eval/knn", "eval/logistic", "eval/linear", "eval/top1", "eval/ema_top1")
 
 
 class _EventFile:
@@ -85,12 +86,21 @@ class Writer:
     _events: _EventFile | None = None
 
     def __init__(
-        self, workdir: epath.Path, *, start: int, steps: int, batch_size: int, images: int, peak: float | None = None
+        self,
+        workdir: epath.Path,
+        *,
+        start: int,
+        steps: int,
+        batch_size: int,
+        images: int,
+        peak: float | None = None,
+        trackers: Trackers | None = None,
     ):
         """Lines of steps after `start`, left by a run that was cut off, will come again and are dropped.
 
         images: those of an epoch. peak: images per second if the devices did nothing but the method's products, at
-        their full rate; None where that is not known.
+        their full rate; None where that is not known. trackers: get each line, too, but for those that a run that was
+        cut off has sent already.
         """
         self._batch_size, self._steps, self._peak = batch_size, steps, peak
         self._epochs_per_step = batch_size / images
@@ -103,7 +113,10 @@ class Writer:
         if not self._active:
             return
         self._path = workdir / "metrics.jsonl"
-        kept = [line for line in read(workdir) if line["step"] <= start]
+        lines = read(workdir)
+        self._trackers = trackers or Trackers(())
+        self._sent = {(line["step"], _is_evaluation(line)) for line in lines}
+        kept = [line for line in lines if line["step"] <= start]
         self._evaluated = {line["step"] for line in kept if _is_evaluation(line)}
         self._text = "".join(json.dumps(line) + "\n" for line in kept)
         write_whole(self._path, self._text)
@@ -174,6 +187,8 @@ class Writer:
                 self._failure = error
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
+        if (step, _is_evaluation(metrics)) not in self._sent:
+            self._trackers.write(step, {"epoch": epoch, **metrics})
         self._show(step, epoch, metrics)
 
     def _show(self, step: int, epoch: float, metrics: dict[str, float]) -> None:
@@ -213,6 +228,7 @@ class Writer:
         if self._active:
             self._bar.close()
             self._board.close()
+            self._trackers.close()
             if self.failure:
                 raise self.failure
 

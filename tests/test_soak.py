@@ -29,11 +29,11 @@ TINY = [
 ]
 
 
-def start(workdir: pathlib.Path, steps: int, *arguments: str) -> subprocess.Popen[bytes]:
+def start(workdir: pathlib.Path, steps: int, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
     epochs = [f"--config.optim.epochs={steps * 16 / 1437}", f"--config.optim.warmup_epochs={steps * 1.6 / 1437}"]
     command = [sys.executable, "-m", "cjepa_jax.main", *TINY, *epochs, f"--workdir={workdir}", *arguments]
     with open(f"{workdir}.log", "ab") as log:
-        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=os.environ | environment)
 
 
 def last_step(workdir: pathlib.Path) -> int:
@@ -59,9 +59,13 @@ def sample(pid: int, workdir: pathlib.Path) -> dict[str, float]:
 
 @pytest.mark.slow
 def test_memory_descriptors_threads_and_speed_stay_as_they_were(tmp_path):
-    """With a checkpoint every 250 steps and a probe every 1,000; the last tenth is compared with the second."""
+    """With a checkpoint every 250 steps and a probe every 1,000; the last tenth is compared with the second.
+
+    With as many arenas as it likes, malloc keeps more and more memory for reuse.
+    """
     workdir = tmp_path / "run"
-    process = start(workdir, STEPS, "--config.checkpoint.every=250", "--config.eval.every=1000")
+    settings = ("--config.checkpoint.every=250", "--config.eval.every=1000")
+    process = start(workdir, STEPS, *settings, MALLOC_ARENA_MAX="2")
     seen: list[dict[str, float]] = []
     while process.poll() is None:
         time.sleep(2)

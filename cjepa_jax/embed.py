@@ -3,8 +3,9 @@
     python -m cjepa_jax.embed --checkpoint=runs/digits --output=features.npz
     python -m cjepa_jax.embed --checkpoint=RUN --input=FOLDER --output=features.parquet
 
---checkpoint=DIR          a workdir (its newest checkpoint), WORKDIR/checkpoints/STEP,
-                          or what cjepa_jax.convert wrote
+--checkpoint=PATH         a workdir (its newest checkpoint), WORKDIR/checkpoints/STEP,
+                          or one of another program, such as I-JEPA's .pth.tar, which is
+                          converted into the folder PATH.orbax
 --input=FOLDER            a folder of images, an .npz file, or a set that data.prepare wrote;
                           default: the images of the checkpoint's own config
 --split=train             which images of them, in TFDS' syntax with slices
@@ -51,6 +52,7 @@ def _run() -> None:
     from cjepa_jax.evaluate import embedding
     from cjepa_jax.evaluate.config import Evaluation, resolve
     from cjepa_jax.files import check_writable
+    from cjepa_jax.interop.conversion import in_our_format
 
     _, settings = command.read_config(lambda _: Evaluation, default="evaluate")
     require(bool(_CHECKPOINT.value), "--checkpoint is missing, e.g. --checkpoint=runs/digits")
@@ -62,7 +64,7 @@ def _run() -> None:
         output.suffix != ".parquet" or importlib.util.find_spec("pyarrow") is not None,
         f"--output={output} needs pyarrow: pip install pyarrow",
     )
-    path = epath.Path(_CHECKPOINT.value)
+    path = in_our_format(epath.Path(_CHECKPOINT.value))
     _, saved = pretrained.describe(path)
     encoders = pretrained.ENCODERS
     encoder = _ENCODER.value or next((name for name in encoders if name in pretrained.available(path)), encoders[0])

@@ -1,7 +1,9 @@
 """Mistakes that the user can mend, and the checks that find them."""
 
+import contextlib
 import difflib
 import typing
+from collections.abc import Iterator
 
 
 class UserError(ValueError):
@@ -33,3 +35,12 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+@contextlib.contextmanager
+def saying(flag: str, *, instead_of: str) -> Iterator[None]:
+    """Lets errors name the flag by which a path was given here, where the code that raises them knows another one."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace(f"{instead_of} ", f"{flag} ")) from None

@@ -2,8 +2,9 @@
 
     python -m cjepa_jax.evaluate --checkpoint=runs/digits --method=knn,linear
 
---checkpoint=DIR          a workdir (its newest checkpoint), WORKDIR/checkpoints/STEP,
-                          or what cjepa_jax.convert wrote
+--checkpoint=PATH         a workdir (its newest checkpoint), WORKDIR/checkpoints/STEP,
+                          or one of another program, such as I-JEPA's .pth.tar, which is
+                          converted into the folder PATH.orbax
 --method=NAME,NAME        knn       nearest neighbours, weighted and plain vote
                           linear    linear probe: a grid of rates and decays at once
                           logistic  logistic regression, with all labels and with few
@@ -51,6 +52,7 @@ _RENAMED = {"lowshot": "logistic"}
 def _run() -> None:
     from cjepa_jax.evaluate.checkpoint import judge  # after the flags: importing jax takes seconds
     from cjepa_jax.evaluate.config import Evaluation
+    from cjepa_jax.interop.conversion import in_our_format
 
     _, settings = command.read_config(lambda _: Evaluation, default="evaluate")
     known = settings.evaluators
@@ -63,7 +65,7 @@ def _run() -> None:
         wanted.append(_RENAMED.get(name, name))
         require(wanted[-1] in known, f"--method {name!r} is not known; {nearest(name, known)}")
     judge(
-        epath.Path(_CHECKPOINT.value),
+        in_our_format(epath.Path(_CHECKPOINT.value)),
         settings,
         wanted,
         encoder=_ENCODER.value,

@@ -5,14 +5,15 @@ import glob
 import os
 import pathlib
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 
 from etils import epath
 
 from cjepa_jax import pretrained
-from cjepa_jax.errors import require
+from cjepa_jax.errors import require, saying
 from cjepa_jax.files import check_writable, storing
-from cjepa_jax.interop import card, formats, tensors, timm
+from cjepa_jax.interop import card, formats, tensors, timm, transformers
 
 # Everything that a folder written here may hold; --force deletes no folder that holds anything else.
 _OURS = {"config.json", "checkpoints", "model.safetensors", "preprocessor_config.json", "README.md"}
@@ -52,6 +53,25 @@ def convert(
     ]
     lines += [f"left out: {', '.join(left_out)}"] if left_out else []
     return "\n".join(lines + load_with)
+
+
+def in_our_format(path: epath.Path) -> epath.Path:
+    """Returns the path of a checkpoint that evaluation can read: `path` itself, where that is one.
+
+    A file, or a folder of transformers, is converted into the folder PATH.orbax beside it, once; a note on stderr says
+    so. Raises UserError as `convert` does.
+    """
+    path = path.expanduser()
+    if not path.exists() or (path.is_dir() and not transformers.is_folder(path)):
+        return path
+    ours = path.with_name(f"{path.name}.orbax")
+    if ours.exists():
+        print(f"reads {ours}, which was converted from {path} before", file=sys.stderr, flush=True)
+    else:
+        with saying("--checkpoint", instead_of="--input"):
+            said = convert(str(path), str(ours), "orbax", encoder=None, force=False, options=tensors.ImportOptions())
+        print(said, file=sys.stderr, flush=True)
+    return ours
 
 
 def _choose(networks: Sequence[str], kind: str, encoder: str | None) -> list[str]:

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import hashlib
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ from jaxtyping import PyTree
 from cjepa_jax import pretrained
 from cjepa_jax.config import Config, Data
 from cjepa_jax.data import pipeline, sources
-from cjepa_jax.errors import UserError, require
+from cjepa_jax.errors import require, saying
 from cjepa_jax.evaluate.during import DuringTraining, reader_to_learn_from
 from cjepa_jax.interop import transformers
 from cjepa_jax.interop.tensors import ImportOptions, OpenedCheckpoint
@@ -167,7 +166,7 @@ def _load_init(init: epath.Path, kind: type[Method], config: Config) -> tuple[pr
     start as that one; where it has no predictor, that is missing in the result, too. Fine-tuning says itself which
     encoder it wants. Raises UserError.
     """
-    with _saying_init():
+    with saying("--init", instead_of="--input"):
         if transformers.is_folder(init):
             opened = transformers.open_folder(init, ImportOptions())
         else:
@@ -194,15 +193,6 @@ def _load_init(init: epath.Path, kind: type[Method], config: Config) -> tuple[pr
         for name, of in origins.items()
     }
     return loaded._replace(params=params), origin
-
-
-@contextlib.contextmanager
-def _saying_init() -> Iterator[None]:
-    """Lets errors in reading a checkpoint of another format name the flag by which it came here."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(str(error).replace("--input ", "--init ")) from None
 
 
 def _doubts(config: Config, source: sources.Source, evaluated: sources.Source) -> list[str]:

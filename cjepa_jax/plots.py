@@ -130,10 +130,17 @@ def bars(panels: Mapping[str, Mapping[str, Sequence[float]]], path: epath.Path) 
     _save(figure, path)
 
 
-def side_by_side(columns: Mapping[str, Sequence[np.ndarray] | np.ndarray], path: epath.Path, *, title: str) -> None:
+def side_by_side(
+    columns: Mapping[str, Sequence[np.ndarray] | np.ndarray],
+    path: epath.Path,
+    *,
+    title: str,
+    under: np.ndarray | None = None,
+) -> None:
     """Draws a row for each image and a column for each name.
 
-    A column has images [n, H, W, C], uint8 or in [0, 1], or maps [n, H, W].
+    A column has images [n, H, W, C], uint8 or in [0, 1], or maps [n, H, W]. Images `under`, [n, H, W, C] uint8, shine
+    through the maps in grey.
 
     The maps of a row have one scale, which stands beside them; above each are its smallest and its largest value.
     """
@@ -142,11 +149,16 @@ def side_by_side(columns: Mapping[str, Sequence[np.ndarray] | np.ndarray], path:
     figure.suptitle(title, wrap=True)
     for i, (panels, row) in enumerate(zip(figure.subplots(len(rows), len(columns), squeeze=False), rows, strict=True)):
         coloured, values = None, [picture for picture in row if picture.ndim == 2]
-        scale = {"vmin": min(map(np.min, values)), "vmax": max(map(np.max, values))} if values else {}
+        scale: dict[str, Any] = {}
+        if values:
+            scale = {"vmin": min(map(np.min, values)), "vmax": max(map(np.max, values))}
+            scale |= {} if under is None else {"alpha": 0.5, "cmap": "jet"}
         for axes, name, picture in zip(panels, columns, row, strict=True):
             is_map = picture.ndim == 2
             span = f"{picture.min():.2g} to {picture.max():.2g}" if is_map else ""
-            drawn = axes.imshow(picture, cmap="gray" if picture.shape[-1] == 1 else None, **(scale if is_map else {}))
+            if is_map and under is not None:
+                axes.imshow(under[i].mean(axis=-1), cmap="gray", vmin=0, vmax=255)
+            drawn = axes.imshow(picture, **(scale if is_map else {"cmap": "gray"} if picture.shape[-1] == 1 else {}))
             axes.set_axis_off()
             axes.set_title("\n".join(filter(None, (name if i == 0 else "", span))))
             coloured = drawn if is_map else coloured

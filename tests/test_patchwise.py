@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from etils import epath
 from PIL import Image
 from test_davis import write
 
@@ -63,9 +64,11 @@ def drawn(monkeypatch):
     """What is drawn: file's name -> (columns, title); it is drawn all the same."""
     found, draw = {}, plots.side_by_side
 
-    def keep(columns, path, *, title):
+    def keep(columns, path, *, title, under=None):
         found[path.name] = columns, title
-        draw(columns, path, title=title)
+        if under is not None:
+            found[f"under {path.name}"] = under
+        draw(columns, path, title=title, under=under)
 
     monkeypatch.setattr(plots, "side_by_side", keep)
     return found
@@ -101,9 +104,42 @@ def test_two_checkpoints_side_by_side(save, load, drawn, tmp_path):
         p = np.asarray(weights, np.float64)
         entropy = -(p * np.log(p)).sum(axis=-1).mean() / np.log(p.shape[-1])
         assert rows[name.replace("\n", ", ")]["entropy of attention / log N"] == pytest.approx(entropy, abs=1e-5)
-    for kind in ("attention", "components"):
+    overlaid, _ = drawn["x.attention_overlaid.png"]
+    assert [*overlaid] == [*attended] and all(overlaid[name] is attended[name] for name in attended)
+    np.testing.assert_array_equal(drawn["under x.attention_overlaid.png"], images[[0, 10, 19]])
+    for kind in ("attention", "attention_overlaid", "components"):
         with Image.open(tmp_path / f"x.{kind}.png") as picture:
             assert picture.size[0] > 500
+
+    columns = ("other.target_encoder", "target_encoder", "encoder")  # as in the paper's figures
+    some = dataclasses.replace(chosen.attention, columns=columns).run(frozen, None)
+    shown = [names[i].replace("\n", ", ") for i in (2, 0, 1)]
+    assert [*some] == shown
+    for name in shown:
+        assert some[name]["entropy of attention / log N"] == rows[name]["entropy of attention / log N"]
+
+
+def test_runs_whose_folders_have_one_name_are_told_apart(tmp_path):
+    runs = [epath.Path(f"/runs/{name}") for name in ("ijepa/seed0", "cjepa/seed0", "seed0", "other")]
+    assert maps._run_names([runs[0], runs[1]]) == ["ijepa/seed0", "cjepa/seed0"]
+    assert maps._run_names([runs[0], runs[3]]) == ["seed0", "other"]
+    assert maps._run_names([runs[0], runs[2]]) == ["ijepa/seed0", "runs/seed0"]
+    assert maps._run_names([runs[0], runs[0]]) == maps._run_names(runs[:1]) * 2 == ["seed0", "seed0"]  # of two steps
+
+
+def test_an_image_shines_through_a_map(tmp_path):
+    """Of a map with one value only the halves of the image differ; without the image they are alike."""
+    halves = np.zeros((1, 8, 8, 3), np.uint8)
+    halves[:, :, 4:] = 255
+    found = {}
+    for name, under in (("bare", None), ("overlaid", halves)):
+        plots.side_by_side({"map": np.ones((1, 8, 8))}, tmp_path / f"{name}.png", title="", under=under)
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            pixels = np.asarray(picture.convert("RGB")).astype(int)
+        _, height, width = np.nonzero((pixels < 250).any(axis=-1)[None])
+        middle = pixels[int(np.median(height)), int(np.quantile(width, 0.1)) : int(np.quantile(width, 0.7))]
+        found[name] = len(np.unique(middle, axis=0))
+    assert found["bare"] == 1 and found["overlaid"] > 1
 
 
 def test_the_query_is_a_patch(save, load, drawn, tmp_path):
@@ -134,11 +170,31 @@ def test_the_query_is_a_patch(save, load, drawn, tmp_path):
         ({"channels": 1}, {}, r"second wants images of 1 channels, the first one of 3"),
         ({}, {"attention__query": (1,)}, r"attention\.query must be \(\) or \(row, column\), got \(1,\)"),
         ({}, {"attention__images": 0}, r"attention\.images must be in \[1, 1000\], got 0"),
+        ({}, {"attention__columns": ("encodr",)}, r"attention\.columns: 'encodr' is not known; did you mean 'encoder'"),
+        ({}, {"attention__columns": ("encoder", "encoder")}, r"attention\.columns names a column twice"),
+        (
+            {"towers": ("target_encoder",)},
+            {"attention__columns": ("other.encoder",)},
+            r"attention\.columns: there is no other.encoder, but target_encoder, encoder, other\.target_encoder, untr",
+        ),
+        (
+            {},
+            {"attention__columns": ("other.encoder",), "attention__other": ""},
+            r"there is no other.encoder, but .*; --config\.attention\.other=DIR names the second checkpoint",
+        ),
+        (
+            {},
+            {"attention__columns": ("untrained",), "baselines": False},
+            r"there is no untrained, but target_encoder, ",
+        ),
+        ({}, {"attention__other": "first"}, r"--config\.attention\.other .*first is the checkpoint itself"),
     ],
 )
-def test_what_does_not_fit_is_named(save, load, tmp_path, other, overrides, says):
+def test_what_does_not_fit_is_named(save, load, tmp_path, monkeypatch, other, overrides, says):
+    monkeypatch.chdir(tmp_path)
+    first, second = save("first"), save("second", **other)
     with pytest.raises(UserError, match=says):
-        chosen, frozen, _ = load(save("first"), attention__other=str(save("second", **other)), **overrides)
+        chosen, frozen, _ = load(first, **{"attention__other": str(second)} | overrides)
         chosen.attention.run(frozen, tmp_path / "x")
 
 

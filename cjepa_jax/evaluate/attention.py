@@ -5,7 +5,7 @@ Shapes: B images, N patches in raster order, D width.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, NamedTuple, cast
 
 import jax
@@ -18,12 +18,16 @@ from sklearn.decomposition import PCA
 
 from cjepa_jax import plots, pretrained
 from cjepa_jax.data import pipeline
-from cjepa_jax.errors import require
+from cjepa_jax.errors import nearest, require
 from cjepa_jax.evaluate.base import Evaluator, Rows
 from cjepa_jax.evaluate.features import encoder_for
 from cjepa_jax.evaluate.frozen import UNTRAINED, Frozen
 from cjepa_jax.models.vit import Block, Encoder, normalise, patchify
 from cjepa_jax.settings import setting
+
+FLAG = "--config.attention.other"
+OTHER = "other."  # before the name of an encoder of the second checkpoint
+COLUMNS = (*pretrained.ENCODERS, *(OTHER + name for name in pretrained.ENCODERS), UNTRAINED)
 
 
 class Shown(NamedTuple):
@@ -44,27 +48,49 @@ class Attention(Evaluator):
         (), "(row, column) of the patch that asks; () is the mean over all patches.", within="[0, 8191]"
     )
     other: str = setting("", "A second checkpoint to show beside the first; empty: none.")
+    columns: tuple[str, ...] = setting((), f"Encoders to show, in this order, of {', '.join(COLUMNS)}; (): all.")
 
     name: ClassVar[str] = "attention"
     needs_labels: ClassVar[bool] = False
     numbers: ClassVar[tuple[str, ...]] = ("entropy of attention / log N",)
-    pictures: ClassVar[tuple[str, ...]] = ("attention.png", "components.png")
+    pictures: ClassVar[tuple[str, ...]] = ("attention.png", "attention_overlaid.png", "components.png")
 
     def __post_init__(self):
         require(len(self.query) in (0, 2), f"attention.query must be () or (row, column), got {self.query}")
+        for name in self.columns:
+            require(name in COLUMNS, f"attention.columns: {name!r} is not known; {nearest(name, COLUMNS)}")
+        require(len(set(self.columns)) == len(self.columns), "attention.columns names a column twice")
+
+    def check(self, frozen: Frozen) -> None:
+        """Raises UserError where a checkpoint lacks an encoder that is to be shown."""
+        self._shown(frozen)
+
+    def _shown(self, frozen: Frozen) -> Sequence[str]:
+        """Lists the columns to draw, by their names in COLUMNS."""
+        assert frozen.origin, "attention looks at checkpoints"
+        there = list(pretrained.available(_checkpoint(frozen)))
+        if self.other:
+            there += [OTHER + name for name in pretrained.available(epath.Path(self.other), flag=FLAG)]
+        if UNTRAINED in frozen.params:
+            there.append(UNTRAINED)
+        there = [name for name in COLUMNS if name in there]
+        for name in self.columns:
+            of_other = name.startswith(OTHER) and not self.other
+            hint = f"; {FLAG}=DIR names the second checkpoint" if of_other else ""
+            require(name in there, f"attention.columns: there is no {name}, but {', '.join(there)}{hint}")
+        return self.columns or there
 
     def run(self, frozen: Frozen, stem: epath.Path | None) -> Rows:
-        """Draws STEM.attention.png and STEM.components.png: a row an image, a column an encoder.
+        """Draws STEM.attention.png, STEM.attention_overlaid.png and STEM.components.png.
 
-        The rows of the result hold the entropy of the attention, and the share of the variance that the three
-        components have. Raises UserError for a second checkpoint, or a query, that does not fit.
+        A row is an image, a column an encoder. The rows of the result hold the entropy of the attention, and the share
+        of the variance that the three components have. Raises UserError for a second checkpoint, or a query, that does
+        not fit.
         """
-        assert frozen.origin, "attention looks at checkpoints"
-        encoders = _encoders(frozen, frozen.origin.workdir / "checkpoints" / str(frozen.origin.networks.step))
-        if self.other:
-            encoders += _encoders(frozen, epath.Path(self.other), flag="--config.attention.other")
-        if UNTRAINED in frozen.params:
-            encoders.append(encoders[0]._replace(name=UNTRAINED, params=frozen.params[UNTRAINED]))
+        names = self._shown(frozen)
+        checkpoints = {"": _checkpoint(frozen)} | ({OTHER: epath.Path(self.other)} if self.other else {})
+        found = _encoders(frozen, checkpoints, names)
+        encoders = [found[name] for name in names]
         grid = encoders[0].encoder.grid
         query = _query_number(self.query, [shown.encoder.grid for shown in encoders])
         images = _images(frozen, self.images)
@@ -83,6 +109,8 @@ class Attention(Evaluator):
         if stem is not None and jax.process_index() == 0:
             title = f"Attention of the last layer, mean over heads, in multiples of uniform; query: {what}"
             plots.side_by_side(maps, stem.with_name(f"{stem.name}.attention.png"), title=title)
+            path = stem.with_name(f"{stem.name}.attention_overlaid.png")
+            plots.side_by_side(maps, path, title=title, under=images)
             title = "First three principal components of patch features, as red, green and blue"
             plots.side_by_side(components, stem.with_name(f"{stem.name}.components.png"), title=title)
         return rows
@@ -94,20 +122,44 @@ def _look(shown: Shown, params: PyTree, images: UInt8[Array, "B H W C"]) -> tupl
     return last_layer(shown.encoder, params, patches)
 
 
-def _encoders(frozen: Frozen, checkpoint: epath.Path, *, flag: str = "--checkpoint") -> list[Shown]:
-    """Loads both encoders of a checkpoint for the images at hand; one, where it has but one."""
-    names = [name for name in pretrained.ENCODERS if name in pretrained.available(checkpoint, flag=flag)]
-    networks = pretrained.load(checkpoint, names)
-    channels = len(networks.mean)
-    require(
-        channels == frozen.data.channels,
-        f"checkpoint {checkpoint} wants images of {channels} channels, the first one of {frozen.data.channels}",
-    )
-    encoder = encoder_for(networks.model, image_size=frozen.data.image_size, trained_size=networks.image_size)
-    workdir, _ = pretrained.describe(checkpoint)
-    where = f"{workdir.name}, step {networks.step}"
-    kinds = {"target_encoder": "target encoder", "encoder": "context encoder" if len(names) > 1 else "encoder"}
-    return [Shown(f"{where}\n{kinds[name]}", encoder, networks.params[name], networks) for name in names]
+def _checkpoint(frozen: Frozen) -> epath.Path:
+    assert frozen.origin
+    return frozen.origin.workdir / "checkpoints" / str(frozen.origin.networks.step)
+
+
+def _encoders(frozen: Frozen, checkpoints: Mapping[str, epath.Path], columns: Sequence[str]) -> dict[str, Shown]:
+    """Loads the encoders that columns show, for the images at hand; each checkpoint is named by its columns' prefix."""
+    found: dict[str, Shown] = {}
+    runs = _run_names([pretrained.describe(path)[0] for path in checkpoints.values()])
+    for run, (prefix, path) in zip(runs, checkpoints.items(), strict=True):
+        kinds = {"target_encoder": "target encoder", "encoder": "context encoder"}
+        if "target_encoder" not in pretrained.available(path):
+            kinds["encoder"] = "encoder"
+        names = [name for name in kinds if prefix + name in columns]
+        titles = [shown.name for shown in found.values()]
+        networks = pretrained.load(path, names)
+        channels = len(networks.mean)
+        require(
+            channels == frozen.data.channels,
+            f"checkpoint {path} wants images of {channels} channels, the first one of {frozen.data.channels}",
+        )
+        encoder = encoder_for(networks.model, image_size=frozen.data.image_size, trained_size=networks.image_size)
+        for name in names:
+            title = f"{run}, step {networks.step}\n{kinds[name]}"
+            require(title not in titles, f"{FLAG} {path} is the checkpoint itself; name another one")
+            found[prefix + name] = Shown(title, encoder, networks.params[name], networks)
+        if not prefix and UNTRAINED in columns:
+            found[UNTRAINED] = Shown(UNTRAINED, encoder, frozen.params[UNTRAINED], networks)
+    return found
+
+
+def _run_names(workdirs: Sequence[epath.Path]) -> list[str]:
+    """Names workdirs by the fewest last parts of their paths that tell them apart, such as I-JEPA/seed0."""
+    for count in range(1, max(len(workdir.parts) for workdir in workdirs)):
+        names = ["/".join(workdir.parts[-count:]) for workdir in workdirs]
+        if len(set(names)) == len(set(workdirs)):
+            return names
+    return [str(workdir) for workdir in workdirs]
 
 
 def _query_number(query: Sequence[int], grids: Sequence[int]) -> int | None:

@@ -14,6 +14,8 @@
                           attention pictures: attention and principal components
                                     of both encoders, and of --config.attention.other=DIR
                           davis     masks propagated through --config.davis.data_dir=DAVIS
+                          segmentation  mIoU of small heads on patch features, by images
+                                    and masks in --config.segmentation.data_dir=FOLDER
 --encoder=target_encoder  or encoder: the context encoder, or that of a fine-tuned network
 --baselines               judges an untrained encoder and raw pixels, too (the default);
                           --nobaselines leaves them out

@@ -14,6 +14,7 @@ from cjepa_jax.evaluate.davis import Davis
 from cjepa_jax.evaluate.knn import Knn
 from cjepa_jax.evaluate.linear import Linear
 from cjepa_jax.evaluate.logistic import Logistic
+from cjepa_jax.evaluate.segmentation import Segmentation
 from cjepa_jax.settings import group, parse_flat, setting
 
 
@@ -67,6 +68,9 @@ class Evaluation:
     collapse: Collapse = group(Collapse, "Statistics of the features, which need no labels.")
     attention: Attention = group(Attention, "Pictures of the last layer's attention and of main components.")
     davis: Davis = group(Davis, "Masks propagated through DAVIS-2017's videos.")
+    segmentation: Segmentation = group(
+        Segmentation, "Segmentation by heads on the features of patches, scored by mIoU."
+    )
 
     @property
     def evaluators(self) -> dict[str, Evaluator]:

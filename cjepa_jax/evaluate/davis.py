@@ -17,12 +17,12 @@ from matplotlib import colormaps
 from PIL import Image
 
 from cjepa_jax import plots
-from cjepa_jax.data.decode import open_file, open_picture
-from cjepa_jax.errors import UserError, one_line, require
+from cjepa_jax.errors import require
 from cjepa_jax.evaluate import tracking
 from cjepa_jax.evaluate.base import Evaluator, Rows
 from cjepa_jax.evaluate.features import encoder_for
 from cjepa_jax.evaluate.frozen import PIXELS, Frozen
+from cjepa_jax.evaluate.masks import read_frame, read_mask
 from cjepa_jax.models.vit import normalise, patchify
 from cjepa_jax.settings import setting
 from cjepa_jax.train import sharding
@@ -211,24 +211,3 @@ def summary(results: dict[str, Result]) -> dict[str, Any]:
     objects = {name: result.scores for name, result in results.items()}
     j, f = (float(np.mean([x for scores in objects.values() for x in scores[key]])) for key in ("J", "F"))
     return {"J&F": (j + f) / 2, "J": j, "F": f, "objects": objects}
-
-
-def read_mask(path: epath.Path) -> np.ndarray:
-    """Reads the number of the object at each pixel, [H, W] uint8. Raises UserError."""
-    try:
-        image = open_file(path.read_bytes())
-        require(image.mode in ("P", "L"), f"{path} is a {image.mode} image; a mask has a palette, or is grey")
-        return np.array(image)
-    except UserError:
-        raise
-    except Exception as error:  # a broken file makes the codecs raise almost anything
-        raise UserError(f"{path} cannot be read: {one_line(error)}") from None
-
-
-def read_frame(path: epath.Path, size: tuple[int, int], channels: int) -> np.ndarray:
-    """Reads a frame and resizes it to (width, height): [H, W, C] uint8. Raises UserError."""
-    try:
-        picture = open_picture(path.read_bytes(), channels).resize(size, Image.Resampling.BILINEAR)
-    except Exception as error:  # a broken file makes the codecs raise almost anything
-        raise UserError(f"{path} cannot be read: {one_line(error)}") from None
-    return np.asarray(picture).reshape(*size[::-1], channels)

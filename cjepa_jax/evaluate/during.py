@@ -52,7 +52,9 @@ class DuringTraining:
             knn=Knn(neighbours=min(options.neighbours, len(train.source)), shots=options.shots, draws=options.draws),
             logistic=Logistic(fraction=0.0, shots=(options.shots,), draws=options.draws),
         )
-        known = {name: one for name, one in settings.evaluators.items() if name not in ("attention", "davis")}
+        known = {
+            name: one for name, one in settings.evaluators.items() if name not in ("attention", "davis", "segmentation")
+        }
         for name in options.evaluators:
             require(name in known, f"eval.evaluators: {name!r} is not known; {nearest(name, known)}")
         self._evaluators = [known[name] for name in options.evaluators]

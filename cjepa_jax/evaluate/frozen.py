@@ -143,8 +143,8 @@ def check_labels(data: Data, train: sources.Source, test: sources.Source) -> Non
     for key, source in (("train_split", train), ("test_split", test)):
         require(
             bool(source.classes),
-            f"data.{key} = {getattr(data, key)!r} has no labels; the methods collapse, attention and davis need none, "
-            "and eval.every=0 switches evaluation during training off",
+            f"data.{key} = {getattr(data, key)!r} has no labels; the methods collapse, attention, davis and "
+            "segmentation need none, and eval.every=0 switches evaluation during training off",
         )
     require(
         len(train.classes) > 1,

@@ -30,6 +30,16 @@ class Norm(NamedTuple):
     mean: jax.Array  # [D]
     squares: jax.Array  # [D], summed squared distances from the mean
 
+    def joined(self, count: jax.Array, mean: jax.Array, squares: jax.Array) -> "Norm":
+        """Returns the statistics of these features and of others, by Chan's formula."""
+        total = self.images + count
+        difference = mean - self.mean
+        return Norm(
+            total,
+            self.mean + difference * count / total,
+            self.squares + squares + jnp.square(difference) * self.images * count / total,
+        )
+
 
 class Probe(NamedTuple):
     """G classifiers, and what their training carries along."""
@@ -123,14 +133,7 @@ def train_step(
     grads = jax.grad(loss)(probe.params)
     params, momentum = jax.vmap(update)(learning_rates, weight_decays, grads, probe.momentum, probe.params)
 
-    seen, total = probe.norm, probe.norm.images + count
-    difference = mean - seen.mean  # Chan's way to join two sets
-    norm = Norm(
-        total,
-        seen.mean + difference * count / total,
-        seen.squares + squares + jnp.square(difference) * seen.images * count / total,
-    )
-    return Probe(norm, params, momentum)
+    return Probe(probe.norm.joined(count, mean, squares), params, momentum)
 
 
 @jax.jit

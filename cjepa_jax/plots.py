@@ -2,13 +2,16 @@
 
 import io
 import math
+import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from cjepa_jax.files import write_whole
 from cjepa_jax.models.masking import Masks
@@ -139,20 +142,19 @@ def side_by_side(
 ) -> None:
     """Draws a row for each image and a column for each name.
 
-    A column has images [n, H, W, C], uint8 or in [0, 1], or maps [n, H, W]. Images `under`, [n, H, W, C] uint8, shine
-    through the maps in grey.
+    A column has images [n, H, W, C], uint8 or in [0, 1], or maps [n, H, W]. The maps of a row have one scale, which
+    stands beside them; above each are its smallest and its largest value.
 
-    The maps of a row have one scale, which stands beside them; above each are its smallest and its largest value.
+    Images `under`, [n, H, W, C] uint8, shine through the maps in grey, and each map has a scale of its own.
     """
     rows = list(zip(*columns.values(), strict=True))
     figure = Figure(figsize=(0.5 + 1.9 * len(columns), 0.7 + 2.0 * len(rows)), layout="constrained")
     figure.suptitle(title, wrap=True)
     for i, (panels, row) in enumerate(zip(figure.subplots(len(rows), len(columns), squeeze=False), rows, strict=True)):
         coloured, values = None, [picture for picture in row if picture.ndim == 2]
-        scale: dict[str, Any] = {}
-        if values:
+        scale: dict[str, Any] = {} if under is None else {"alpha": 0.5, "cmap": "jet"}
+        if values and under is None:
             scale = {"vmin": min(map(np.min, values)), "vmax": max(map(np.max, values))}
-            scale |= {} if under is None else {"alpha": 0.5, "cmap": "jet"}
         for axes, name, picture in zip(panels, columns, row, strict=True):
             is_map = picture.ndim == 2
             span = f"{picture.min():.2g} to {picture.max():.2g}" if is_map else ""
@@ -162,8 +164,71 @@ def side_by_side(
             axes.set_axis_off()
             axes.set_title("\n".join(filter(None, (name if i == 0 else "", span))))
             coloured = drawn if is_map else coloured
-        if coloured:
+        if coloured and under is None:
             figure.colorbar(coloured, ax=panels, fraction=0.05, pad=0.01)
+    _save(figure, path)
+
+
+class Panel(NamedTuple):
+    """An image [H, W, C] uint8 with its caption; `agrees` gives it a green frame, or an orange one if False."""
+
+    image: np.ndarray
+    caption: str
+    agrees: bool | None = None
+
+
+def panels(rows: Sequence[Sequence[Panel]], path: epath.Path, *, title: str) -> None:
+    """Draws rows of panels, with a gap behind the first of each row."""
+    columns, height, gap = max(map(len, rows)), 1.4, 0.2  # in widths of an image
+    width = 1.1 * columns + gap
+    figure = Figure(figsize=(1.1 * width, 1.1 * (height * len(rows) + 0.3)))
+    axes = figure.add_axes((0, 0, 1, 1))  # a single one: each further one takes a twentieth of a second
+    axes.set(xlim=(0, width), ylim=(height * len(rows) + 0.3, 0))
+    axes.set_axis_off()
+    axes.text(width / 2, 0.15, title, ha="center", va="center", wrap=True)
+    for i, row in enumerate(rows):
+        for j, panel in enumerate(row):
+            left, bottom = 0.05 + 1.1 * j + gap * (j > 0), height * (i + 1) + 0.25
+            box = (left, left + 1, bottom, bottom - 1)
+            picture = panel.image
+            axes.imshow(picture, cmap="gray" if picture.shape[-1] == 1 else None, vmin=0, vmax=255, extent=box)
+            lines = [textwrap.shorten(line, 20, placeholder="...") for line in panel.caption.splitlines()]
+            axes.text(left + 0.5, bottom - 1.02, "\n".join(lines), ha="center", va="bottom", fontsize=7)
+            if panel.agrees is not None:
+                color = "tab:green" if panel.agrees else "tab:orange"
+                axes.add_patch(Rectangle((left, bottom - 1), 1, 1, fill=False, edgecolor=color, linewidth=2))
+    axes.set(xlim=(0, width), ylim=(height * len(rows) + 0.3, 0), aspect="auto")  # imshow has changed them
+    _save(figure, path)
+
+
+def maps(rows: Mapping[str, Mapping[str, np.ndarray]], classes: np.ndarray, path: epath.Path, *, title: str) -> None:
+    """Draws points [n, 2] in the plane: a row of panels for each name, and in it a panel for each title.
+
+    `classes` [n] names the class of each point, "" for none. The 20 commonest ones have a colour and a marker.
+    """
+    found = Counter(name for name in classes.tolist() if name)
+    named = sorted(name for name, _ in sorted(found.items(), key=lambda item: (-item[1], item[0]))[:20])
+    columns = max(map(len, rows.values()))
+    figure = Figure(figsize=(3.2 * columns + 1.8 * bool(named), 0.4 + 3.3 * len(rows)), layout="constrained")
+    figure.suptitle(title)
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for row, (name, panels) in zip(grid, rows.items(), strict=True):
+        for axes, (of, points) in zip(row, panels.items(), strict=False):
+            others = ~np.isin(classes, named)
+            label = ("other classes" if len(found) > len(named) else "no label") if named else None
+            if others.any():
+                axes.scatter(*points[others].T, s=6, color="0.75" if named else "C0", linewidths=0, label=label)
+            for k, one in enumerate(named):
+                mine = points[classes == one]
+                axes.scatter(*mine.T, s=9, color=f"C{k % 10}", marker="o^"[k // 10], linewidths=0, label=one)
+            axes.set_title(f"{name}: {of}")
+            axes.tick_params(left=False, bottom=False, labelleft=False, labelbottom=False)
+            axes.grid(False)
+            axes.set_aspect("equal", "datalim")
+    if named:
+        handles, labels = grid.flat[0].get_legend_handles_labels()
+        short = [textwrap.shorten(label, 24, placeholder="...") for label in labels]
+        figure.legend(handles, short, loc="outside right center", markerscale=2)
     _save(figure, path)
 
 

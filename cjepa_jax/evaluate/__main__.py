@@ -11,8 +11,10 @@
                           accuracy  a fine-tuned network's own head
                           collapse  std, rank, spectrum, alignment, uniformity, LiDAR;
                                     needs no labels
-                          attention pictures: attention and principal components
-                                    of both encoders, and of --config.attention.other=DIR
+                          attention pictures: attention, bare and over the image, and principal
+                                    components; --config.attention.other=DIR: of two runs
+                          neighbours  picture: test images beside their nearest training images
+                          map       picture: features in two dimensions, by PCA and t-SNE
                           davis     masks propagated through --config.davis.data_dir=DAVIS
                           segmentation  mIoU of small heads on patch features, by images
                                     and masks in --config.segmentation.data_dir=FOLDER

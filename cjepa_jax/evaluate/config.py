@@ -11,9 +11,11 @@ from cjepa_jax.evaluate.attention import Attention
 from cjepa_jax.evaluate.base import Evaluator
 from cjepa_jax.evaluate.collapse import Collapse
 from cjepa_jax.evaluate.davis import Davis
+from cjepa_jax.evaluate.feature_map import FeatureMap
 from cjepa_jax.evaluate.knn import Knn
 from cjepa_jax.evaluate.linear import Linear
 from cjepa_jax.evaluate.logistic import Logistic
+from cjepa_jax.evaluate.neighbours import Neighbours
 from cjepa_jax.evaluate.segmentation import Segmentation
 from cjepa_jax.settings import group, parse_flat, setting
 
@@ -67,6 +69,8 @@ class Evaluation:
     accuracy: Accuracy = group(Accuracy, "A fine-tuned network's own head.")
     collapse: Collapse = group(Collapse, "Statistics of the features, which need no labels.")
     attention: Attention = group(Attention, "Pictures of the last layer's attention and of main components.")
+    neighbours: Neighbours = group(Neighbours, "Pictures of test images beside their nearest training images.")
+    map: FeatureMap = group(FeatureMap, "Features of test images as points in the plane, by PCA and t-SNE.")
     davis: Davis = group(Davis, "Masks propagated through DAVIS-2017's videos.")
     segmentation: Segmentation = group(
         Segmentation, "Segmentation by heads on the features of patches, scored by mIoU."

@@ -10,10 +10,11 @@ import jax
 import numpy as np
 import tqdm
 from etils import epath
+from jaxtyping import Int
 
 from cjepa_jax import pretrained
 from cjepa_jax.config import Data, Mesh, Model
-from cjepa_jax.data import pipeline, sources
+from cjepa_jax.data import decode, pipeline, sources
 from cjepa_jax.errors import require
 from cjepa_jax.evaluate.features import Apply, Extractor, Params, encoder_for, mean_features, pixels
 from cjepa_jax.evaluate.sets import Labelled, Splits, check_classes
@@ -82,6 +83,26 @@ class Frozen:
         count = len(reader.source)
         return [int(i) for i in np.sort(np.random.default_rng(0).permutation(count)[: self.images or count])]
 
+    def sample(self, reader: pipeline.Reader, count: int) -> tuple[Int[np.ndarray, " n"], dict[str, Labelled]]:
+        """Returns a random sample of the readable images of a split: n ascending indices, and features [n, D] of each.
+
+        Of `count` images at most, those that cannot be read are left out. Raises UserError where none can be read.
+        """
+        view = pipeline.central_view(reader, crop_fraction=self.crop_fraction)
+        read: list[int] = []
+
+        def noted(index: int) -> tuple[decode.Crop, int | None]:
+            found = view(index)
+            read.append(index)
+            return found
+
+        chosen = np.sort(np.random.default_rng(self.seed).permutation(len(reader.source))[:count]).tolist()
+        which = "test" if reader is self.readers.get("test") else "training"
+        with self.progress(f"features of {which} images", total=len(chosen), unit="images") as bar:
+            features = self.extractor.split(self.params, reader, chosen, noted, seen=bar.update)
+        require(bool(read), f"none of {len(chosen)} {which} images can be read")
+        return np.sort(read), {name: found.last(1) for name, found in features.items()}
+
     def progress(self, what: str, over: Iterable[Any] | None = None, *, total: int, unit: str) -> tqdm.tqdm:
         """Makes a bar of progress, which also times; where stderr is no terminal it is renewed once a minute.
 
@@ -143,8 +164,8 @@ def check_labels(data: Data, train: sources.Source, test: sources.Source) -> Non
     for key, source in (("train_split", train), ("test_split", test)):
         require(
             bool(source.classes),
-            f"data.{key} = {getattr(data, key)!r} has no labels; the methods collapse, attention, davis and "
-            "segmentation need none, and eval.every=0 switches evaluation during training off",
+            f"data.{key} = {getattr(data, key)!r} has no labels; the methods collapse, attention, neighbours, "
+            "map, davis and segmentation need none, and eval.every=0 switches evaluation during training off",
         )
     require(
         len(train.classes) > 1,

@@ -5,7 +5,7 @@ Shapes: m queries, n rows of the bank, D features, C classes.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import jax
@@ -116,6 +116,21 @@ def vote(cosine: jax.Array, labels: jax.Array, *, classes: int, temperature: flo
     return votes.argmax(axis=1)
 
 
+def search(
+    queries: Float[np.ndarray, "m D"], bank: Float[np.ndarray, "n D"], *, k: int, mesh: jax.sharding.Mesh
+) -> Iterator[tuple[Float[Array, "q k"], Int[Array, "q k"]]]:
+    """Yields what `nearest` finds for parts of q queries, in their order; the devices share a part.
+
+    The last part is filled up: what it says behind the m-th query means nothing.
+    """
+    size = -(-min(1024, len(queries)) // mesh.size) * mesh.size
+    on_devices = jax.device_put(bank, sharding.replicated(mesh))
+    for start in range(0, len(queries), size):
+        part = queries[start : start + size]
+        part = jax.device_put(np.pad(part, ((0, size - len(part)), (0, 0))), sharding.batch(mesh))
+        yield nearest(part, on_devices, k=k)
+
+
 def accuracies(
     train: Labelled,
     test: Labelled,
@@ -129,15 +144,12 @@ def accuracies(
 
     The devices share the test images.
     """
-    whole, split = sharding.replicated(mesh), sharding.batch(mesh)
-    size = -(-min(1024, len(test.labels)) // mesh.size) * mesh.size
-    bank, labels = jax.device_put(tuple(train), whole)
-    right = np.zeros(len(temperatures), int)
-    for start in range(0, len(test.labels), size):
-        part = test.take(np.arange(start, min(start + size, len(test.labels))))
-        queries = jax.device_put(np.pad(part.features, ((0, size - len(part.labels)), (0, 0))), split)
-        cosine, rows = nearest(queries, bank, k=k)
+    labels = jax.device_put(train.labels, sharding.replicated(mesh))
+    right, start = np.zeros(len(temperatures), int), 0
+    for cosine, rows in search(test.features, train.features, k=k, mesh=mesh):
+        truth = test.labels[start : start + len(cosine)]
         for i, temperature in enumerate(temperatures):
             votes = vote(cosine, labels[rows], classes=classes, temperature=temperature)
-            right[i] += (jax.device_get(votes)[: len(part.labels)] == part.labels).sum()
+            right[i] += (jax.device_get(votes)[: len(truth)] == truth).sum()
+        start += len(cosine)
     return [float(x) for x in right / len(test.labels)]

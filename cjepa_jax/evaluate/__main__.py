@@ -18,6 +18,8 @@
                           davis     masks propagated through --config.davis.data_dir=DAVIS
                           segmentation  mIoU of small heads on patch features, by images
                                     and masks in --config.segmentation.data_dir=FOLDER
+                          decoder   pixels decoded from patch features by ridge regression:
+                                    R2, PSNR and a picture; needs no labels
 --encoder=target_encoder  or encoder: the context encoder, or that of a fine-tuned network
 --baselines               judges an untrained encoder and raw pixels, too (the default);
                           --nobaselines leaves them out

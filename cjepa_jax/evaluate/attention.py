@@ -17,7 +17,6 @@ from jaxtyping import Array, Float, PyTree, UInt8
 from sklearn.decomposition import PCA
 
 from cjepa_jax import plots, pretrained
-from cjepa_jax.data import pipeline
 from cjepa_jax.errors import nearest, require
 from cjepa_jax.evaluate.base import Evaluator, Rows
 from cjepa_jax.evaluate.features import encoder_for
@@ -68,7 +67,7 @@ class Attention(Evaluator):
     def _shown(self, frozen: Frozen) -> Sequence[str]:
         """Lists the columns to draw, by their names in COLUMNS."""
         assert frozen.origin, "attention looks at checkpoints"
-        there = list(pretrained.available(_checkpoint(frozen)))
+        there = list(pretrained.available(frozen.origin.checkpoint))
         if self.other:
             there += [OTHER + name for name in pretrained.available(epath.Path(self.other), flag=FLAG)]
         if UNTRAINED in frozen.params:
@@ -88,12 +87,13 @@ class Attention(Evaluator):
         not fit.
         """
         names = self._shown(frozen)
-        checkpoints = {"": _checkpoint(frozen)} | ({OTHER: epath.Path(self.other)} if self.other else {})
+        assert frozen.origin, "attention looks at checkpoints"
+        checkpoints = {"": frozen.origin.checkpoint} | ({OTHER: epath.Path(self.other)} if self.other else {})
         found = _encoders(frozen, checkpoints, names)
         encoders = [found[name] for name in names]
         grid = encoders[0].encoder.grid
         query = _query_number(self.query, [shown.encoder.grid for shown in encoders])
-        images = _images(frozen, self.images)
+        images = frozen.spread_images(self.images)
         seen = images if query is None else _outlined(images, *self.query, patch_size=images.shape[1] // grid)
         maps, components, rows = {"image": seen}, {"image": images}, {}
         for shown in encoders:
@@ -120,11 +120,6 @@ def _look(shown: Shown, params: PyTree, images: UInt8[Array, "B H W C"]) -> tupl
     networks = shown.networks
     patches = patchify(normalise(images, mean=networks.mean, std=networks.std), networks.model.patch_size)
     return last_layer(shown.encoder, params, patches)
-
-
-def _checkpoint(frozen: Frozen) -> epath.Path:
-    assert frozen.origin
-    return frozen.origin.workdir / "checkpoints" / str(frozen.origin.networks.step)
 
 
 def _encoders(frozen: Frozen, checkpoints: Mapping[str, epath.Path], columns: Sequence[str]) -> dict[str, Shown]:
@@ -176,18 +171,6 @@ def _query_number(query: Sequence[int], grids: Sequence[int]) -> int | None:
         len(set(grids)) == 1, f"attention.query: the checkpoints' grids differ, {min(grids)} and {max(grids)} patches"
     )
     return row * grid + column
-
-
-def _images(frozen: Frozen, count: int) -> UInt8[np.ndarray, "n H W C"]:
-    """Reads some readable images of the test split, evenly spread over it."""
-    reader = frozen.test
-    wanted = min(count, len(reader.source))
-    indices = np.linspace(0, len(reader.source) - 1, wanted).round().astype(int)
-    view = pipeline.central_view(reader, crop_fraction=frozen.crop_fraction)
-    ((images, labels),) = pipeline.labelled_batches(reader, indices.tolist(), size=wanted, view=view)
-    images = images[labels != pipeline.NO_IMAGE]
-    require(len(images) > 0, f"data.test_split = {frozen.data.test_split!r}: none of {wanted} images can be read")
-    return images
 
 
 def _outlined(images: np.ndarray, row: int, column: int, *, patch_size: int) -> np.ndarray:

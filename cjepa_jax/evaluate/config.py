@@ -11,6 +11,7 @@ from cjepa_jax.evaluate.attention import Attention
 from cjepa_jax.evaluate.base import Evaluator
 from cjepa_jax.evaluate.collapse import Collapse
 from cjepa_jax.evaluate.davis import Davis
+from cjepa_jax.evaluate.decoder import Decoder
 from cjepa_jax.evaluate.feature_map import FeatureMap
 from cjepa_jax.evaluate.knn import Knn
 from cjepa_jax.evaluate.linear import Linear
@@ -75,6 +76,7 @@ class Evaluation:
     segmentation: Segmentation = group(
         Segmentation, "Segmentation by heads on the features of patches, scored by mIoU."
     )
+    decoder: Decoder = group(Decoder, "Pixels of patches decoded from their features by ridge regression.")
 
     @property
     def evaluators(self) -> dict[str, Evaluator]:

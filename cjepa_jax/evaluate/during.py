@@ -30,7 +30,8 @@ from cjepa_jax.evaluate.logistic import Logistic
 from cjepa_jax.settings import flatten
 from cjepa_jax.train import sharding
 
-OF_CHECKPOINTS = ("attention", "neighbours", "map", "davis", "segmentation")  # evaluators that cannot run in training
+# Evaluators that cannot run in training.
+OF_CHECKPOINTS = ("attention", "neighbours", "map", "davis", "segmentation", "decoder")
 
 
 def reader_to_learn_from(config: Config, training: pipeline.Reader) -> pipeline.Reader:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import tqdm
 from etils import epath
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 
 from cjepa_jax import pretrained
 from cjepa_jax.config import Data, Mesh, Model
@@ -31,6 +31,11 @@ class Origin(NamedTuple):
     workdir: epath.Path
     encoder: str  # the judged one, a key of pretrained.ENCODERS
     networks: pretrained.Pretrained
+
+    @property
+    def checkpoint(self) -> epath.Path:
+        """Returns the folder of the checkpoint itself."""
+        return self.workdir / "checkpoints" / str(self.networks.step)
 
 
 @dataclasses.dataclass
@@ -103,6 +108,17 @@ class Frozen:
         require(bool(read), f"none of {len(chosen)} {which} images can be read")
         return np.sort(read), {name: found.last(1) for name, found in features.items()}
 
+    def spread_images(self, count: int) -> UInt8[np.ndarray, "n H W C"]:
+        """Reads some readable images of the test split, evenly spread over it. Raises UserError where none can be."""
+        reader = self.test
+        wanted = min(count, len(reader.source))
+        indices = np.linspace(0, len(reader.source) - 1, wanted).round().astype(int)
+        view = pipeline.central_view(reader, crop_fraction=self.crop_fraction)
+        ((images, labels),) = pipeline.labelled_batches(reader, indices.tolist(), size=wanted, view=view)
+        images = images[labels != pipeline.NO_IMAGE]
+        require(len(images) > 0, f"data.test_split = {self.data.test_split!r}: none of {wanted} images can be read")
+        return images
+
     def progress(self, what: str, over: Iterable[Any] | None = None, *, total: int, unit: str) -> tqdm.tqdm:
         """Makes a bar of progress, which also times; where stderr is no terminal it is renewed once a minute.
 
@@ -165,7 +181,7 @@ def check_labels(data: Data, train: sources.Source, test: sources.Source) -> Non
         require(
             bool(source.classes),
             f"data.{key} = {getattr(data, key)!r} has no labels; the methods collapse, attention, neighbours, "
-            "map, davis and segmentation need none, and eval.every=0 switches evaluation during training off",
+            "map, davis, segmentation and decoder need none, and eval.every=0 switches evaluation during training off",
         )
     require(
         len(train.classes) > 1,

@@ -40,7 +40,7 @@ States = dict[tuple[str, str], heads.State]  # (encoder, head) -> what was train
 class Segmentation(Evaluator):
     """Trains a linear and a convolutional head on the features of patches, and segments the validation images.
 
-    Batch norm, AdamW, its rates and the length are those of DINOv2's linear evaluation (arXiv 2304.07193).
+    Batch norm, AdamW, its rates and the length follow DINOv2 (arXiv 2304.07193), whose exact numbers were not checked.
     """
 
     data_dir: str = setting("", "The folder that holds images and annotations, in ADE20K's layout.")

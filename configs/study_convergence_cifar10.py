@@ -10,19 +10,13 @@ data=dict(source="npz", data_dir=FILE) reads arrays instead (docs/data.md). Hard
 
 from typing import Any
 
+from configs.study_ablation import DATA
+
 
 def get_config() -> dict[str, Any]:
     base = dict(
         method="cjepa",
-        data=dict(
-            source="tfds",
-            name="cifar10",
-            test_split="test",
-            image_size=32,
-            mean=(0.491, 0.482, 0.447),
-            std=(0.247, 0.243, 0.262),
-            batch_size=64,
-        ),
+        data=dict(DATA, batch_size=64),
         model=dict(size="96x4x3", patch_size=8, init="fan_in", dtype="float32"),
         predictor=dict(width=48, depth=2),
         mask=dict(recipe="corrected", target_scale=(0.2, 0.3), min_keep=4, context_tokens=9, keep="random"),

@@ -19,6 +19,7 @@ class Evaluator:
 
     name: ClassVar[str]
     needs_labels: ClassVar[bool] = True
+    in_training: ClassVar[bool] = True  # False: it looks at checkpoints only
     numbers: ClassVar[tuple[str, ...]] = ()  # measures with a unit of their own; all others are fractions in [0, 1]
     pictures: ClassVar[tuple[str, ...]] = ()  # what follows the stem in the names of the pictures that `run` draws
 

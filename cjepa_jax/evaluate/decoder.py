@@ -94,6 +94,7 @@ class Decoder(Evaluator):
 
     name: ClassVar[str] = "decoder"
     needs_labels: ClassVar[bool] = False
+    in_training: ClassVar[bool] = False
     numbers: ClassVar[tuple[str, ...]] = ("R2", "PSNR in dB", "strength")
     pictures: ClassVar[tuple[str, ...]] = ("decoder.png",)
 
@@ -112,7 +113,7 @@ class Decoder(Evaluator):
         Draws STEM.decoder.png. Raises UserError where no image can be read, or where all patches are the same.
         """
         params = _encoders(frozen)
-        train, test = (_sample(reader, self.images) for reader in (frozen.train, frozen.test))
+        train, test = (frozen.sampled(reader, self.images) for reader in (frozen.train, frozen.test))
         held = train[::_HELD_OUT]
         kept = np.setdiff1d(train, held).tolist()
         extractor = _extractor(frozen, params)
@@ -185,11 +186,6 @@ def _extractor(frozen: Frozen, names: dict[str, Params]) -> Extractor:
         return patchify(images.astype(jnp.float32) / 255, model.patch_size)
 
     return Extractor({**dict.fromkeys(names, apply), _TARGET: pixels}, frozen.mesh, batch_size=data.batch_size)
-
-
-def _sample(reader: pipeline.Reader, images: int) -> list[int]:
-    """Chooses random images, always the same; gives their ascending indices."""
-    return [int(i) for i in np.sort(np.random.default_rng(0).permutation(len(reader.source))[:images])]
 
 
 def _moments(

@@ -30,9 +30,6 @@ from cjepa_jax.evaluate.logistic import Logistic
 from cjepa_jax.settings import flatten
 from cjepa_jax.train import sharding
 
-# Evaluators that cannot run in training.
-OF_CHECKPOINTS = ("attention", "neighbours", "map", "davis", "segmentation", "decoder")
-
 
 def reader_to_learn_from(config: Config, training: pipeline.Reader) -> pipeline.Reader:
     """Returns the reader of the images that evaluators learn from: by default those that are trained on."""
@@ -55,7 +52,7 @@ class DuringTraining:
             knn=Knn(neighbours=min(options.neighbours, len(train.source)), shots=options.shots, draws=options.draws),
             logistic=Logistic(fraction=0.0, shots=(options.shots,), draws=options.draws),
         )
-        known = {name: one for name, one in settings.evaluators.items() if name not in OF_CHECKPOINTS}
+        known = {name: one for name, one in settings.evaluators.items() if one.in_training}
         for name in options.evaluators:
             require(name in known, f"eval.evaluators: {name!r} is not known; {nearest(name, known)}")
         self._evaluators = [known[name] for name in options.evaluators]

@@ -30,6 +30,7 @@ class FeatureMap(Evaluator):
 
     name: ClassVar[str] = "map"
     needs_labels: ClassVar[bool] = False
+    in_training: ClassVar[bool] = False
     pictures: ClassVar[tuple[str, ...]] = ("map.png",)
 
     def check(self, frozen: Frozen) -> None:

@@ -83,10 +83,11 @@ class Frozen:
             self.readers[split] = pipeline.Reader(sources.load(self.data, name), self.data)
         return self.readers[split]
 
-    def sampled(self, reader: pipeline.Reader) -> list[int]:
-        """Returns the ascending indices of the images of a split that are used."""
+    def sampled(self, reader: pipeline.Reader, images: int = 0) -> list[int]:
+        """Returns the ascending indices of the images of a split that are used: `images` at most, or `self.images`."""
         count = len(reader.source)
-        return [int(i) for i in np.sort(np.random.default_rng(0).permutation(count)[: self.images or count])]
+        used = images or self.images or count
+        return [int(i) for i in np.sort(np.random.default_rng(0).permutation(count)[:used])]
 
     def sample(self, reader: pipeline.Reader, count: int) -> tuple[Int[np.ndarray, " n"], dict[str, Labelled]]:
         """Returns a random sample of the readable images of a split: n ascending indices, and features [n, D] of each.

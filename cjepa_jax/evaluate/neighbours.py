@@ -34,6 +34,7 @@ class Neighbours(Evaluator):
 
     name: ClassVar[str] = "neighbours"
     needs_labels: ClassVar[bool] = False
+    in_training: ClassVar[bool] = False
     numbers: ClassVar[tuple[str, ...]] = ("cosine of neighbours",)
     pictures: ClassVar[tuple[str, ...]] = ("neighbours.png",)
 

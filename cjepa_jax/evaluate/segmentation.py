@@ -62,6 +62,7 @@ class Segmentation(Evaluator):
 
     name: ClassVar[str] = "segmentation"
     needs_labels: ClassVar[bool] = False
+    in_training: ClassVar[bool] = False
     pictures: ClassVar[tuple[str, ...]] = ("segmentation.png",)
 
     @property

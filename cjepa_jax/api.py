@@ -74,28 +74,28 @@ class FrozenEncoder:
         self.networks = networks  # what is known of the checkpoint: model, image_size, mean, std, step
         self.name = name
         self._params = jax.device_put(networks.params[name])
-        self._run: dict[int, Callable[..., Float[Array, "B N D"]]] = {}  # by the size of the images
+        self._run: dict[tuple[int, int], Callable[..., Float[Array, "B N D"]]] = {}  # by the shape of the images
 
-    def __call__(self, images: UInt8[np.ndarray, "B S S C"]) -> Float[Array, "B D"]:
+    def __call__(self, images: UInt8[np.ndarray, "B H W C"]) -> Float[Array, "B D"]:
         """Maps images to the mean over the features of their patches, which is what evaluation takes."""
         return self.patches(images).mean(axis=1)
 
-    def patches(self, images: UInt8[np.ndarray, "B S S C"]) -> Float[Array, "B N D"]:
+    def patches(self, images: UInt8[np.ndarray, "B H W C"]) -> Float[Array, "B N D"]:
         """Maps images to the features of their patches, in raster order, float32.
 
-        Positions are interpolated where the images do not have the size of training. Raises UserError for images of
-        another type or shape, or whose size the patches do not divide.
+        Positions are interpolated where the images do not have the height and width of training. Raises UserError for
+        images of another type or number of channels, or whose sides the patches do not divide.
         """
         known, shape, dtype = self.networks, np.shape(images), getattr(images, "dtype", None)
         require(
-            dtype == np.uint8 and shape == (*shape[:1], *2 * shape[1:2], len(known.mean)),
-            f"images must be uint8 of shape [B, S, S, {len(known.mean)}], got {dtype} {list(shape)}",
+            dtype == np.uint8 and len(shape) == 4 and min(shape[1:3]) > 0 and shape[3] == len(known.mean),
+            f"images must be uint8 of shape [B, H, W, {len(known.mean)}], got {dtype} {list(shape)}",
         )
-        size = shape[1]
-        if size not in self._run:
-            self._run[size] = jax.jit(
+        seen = (shape[1], shape[2])
+        if seen not in self._run:
+            self._run[seen] = jax.jit(
                 patch_features(
-                    known.model, image_size=size, trained_size=known.image_size, mean=known.mean, std=known.std
+                    known.model, image_shape=seen, trained_shape=known.image_shape, mean=known.mean, std=known.std
                 )
             )
-        return self._run[size](self._params, images)
+        return self._run[seen](self._params, images)

@@ -10,6 +10,8 @@ from typing import ClassVar, Literal
 from cjepa_jax.errors import require
 from cjepa_jax.settings import group, required, setting
 
+Grid = tuple[int, int]  # rows and columns of patches
+
 SourceKind = Literal[  # see data/sources.py
     "digits", "npz", "folder", "webdataset", "parquet", "tfds", "clevr_count", "clevr_distance", "own"
 ]
@@ -27,12 +29,17 @@ class Data:
     )
     train_split: str = setting("train", "The images to train on, in TFDS' syntax with slices: train[:80%].")
     test_split: str = setting("test", "The images to judge by.")
-    image_size: int = setting(224, "Pixels a side after cropping.", within="[1, 8192]")
+    image_size: int = setting(224, "Pixels a side after cropping, or of height.", within="[1, 8192]")
+    image_width: int = setting(
+        0, "Pixels of width, where image_size is only the height; 0: the images are square.", within="[0, 8192]"
+    )
     crop_scale: tuple[float, float] = setting(
         (0.3, 1.0), "Random-resized crop: its share of the image's area.", within="(0, 1]"
     )
     crop_ratio: tuple[float, float] = setting(
-        (3 / 4, 4 / 3), "And its aspect ratio, drawn in log space.", within="[0.01, 100]"
+        (3 / 4, 4 / 3),
+        "And its aspect ratio, drawn in log space, in multiples of the result's; that of a square is 1.",
+        within="[0.01, 100]",
     )
     flip: float = setting(0.0, "Probability of a horizontal flip.", within="[0, 1]")
     color: float = setting(0.0, "Strength of SimCLR's colour distortion; 1 is SimCLR's own.", within="[0, 10]")
@@ -76,6 +83,25 @@ class Data:
     def channels(self) -> int:
         """Number of channels: 1 is greyscale, 3 is RGB."""
         return len(self.mean)
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """Gives height and width of an image in pixels, after cropping."""
+        return self.image_size, self.image_width or self.image_size
+
+
+def grid_of(image_shape: tuple[int, int], patch_size: int) -> Grid:
+    """Gives the numbers of rows and columns of whole patches of an image, (height, width)."""
+    height, width = image_shape
+    return height // patch_size, width // patch_size
+
+
+def undivided(image_shape: tuple[int, int], patch_size: int) -> str:
+    """Names the side of an image, (height, width), that patches do not divide; gives "" where they divide both."""
+    height, width = image_shape
+    if height % patch_size:
+        return f"data.image_size = {height}"
+    return f"data.image_width = {width}" if width % patch_size else ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -246,7 +272,7 @@ class Eval:
         10_000, "Images of each split, at most: a random sample, always the same; 0: all.", within="[0, 1e9]"
     )
     crop_fraction: float = setting(
-        0.875, "Side of the central crop over the short side of the image.", within="[0.01, 1]"
+        0.875, "Side of the central crop over that of the largest one of its shape.", within="[0.01, 1]"
     )
     source: SourceKind | None = setting(
         None,
@@ -292,12 +318,15 @@ class Config:
             "layer's gathered parameters",
         )
         if self.model.patch_follows_image and self.model.patch_size == 0:
-            side = self.data.image_size
-            fitting = [patch for patch in (16, 8, 4, 2) if side % patch == 0 and side >= 8 * patch]
+            data = self.data
+            shape = data.image_shape
+            fitting = [patch for patch in (16, 8, 4, 2) if min(shape) >= 8 * patch and not undivided(shape, patch)]
+            which = f"data.image_size = {data.image_size}"
+            which += f" and data.image_width = {data.image_width}" if data.image_width else ""
             require(
                 bool(fitting),
-                f"model.patch_size = 0: none of 16, 8, 4 and 2 divides data.image_size = {side} into 8x8 patches or "
-                "more; give an image size that is a multiple of 16, or the size of a patch",
+                f"model.patch_size = 0: none of 16, 8, 4 and 2 divides {which} into 8x8 patches or more; give an image "
+                "size that is a multiple of 16, or the size of a patch",
             )
             # The only setting that follows from another group; from here on it is like one that was given.
             object.__setattr__(self, "model", dataclasses.replace(self.model, patch_size=fitting[0]))
@@ -309,6 +338,6 @@ class Config:
         return (self.data.batch_size / meant) ** 0.5 if meant else 1.0
 
     @property
-    def grid(self) -> int:
-        """Gives the number of patches along a side of an image."""
-        return self.data.image_size // self.model.patch_size
+    def grid(self) -> Grid:
+        """Gives the numbers of rows and columns of patches of an image."""
+        return grid_of(self.data.image_shape, self.model.patch_size)

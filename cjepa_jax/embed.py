@@ -15,8 +15,8 @@
 --shard=65536             images a file of a folder
 --features=mean           the mean over an image's patches [n, D], or patches: [n, N, D]
 --encoder=target_encoder  or encoder: the context encoder, or that of a fine-tuned network
---config.data.KEY=VALUE   overrides how images are read: image_size, crop_fraction,
-                          batch_size, decoder, threads, max_bad_fraction
+--config.data.KEY=VALUE   overrides how images are read: image_size, image_width,
+                          crop_fraction, batch_size, decoder, threads, max_bad_fraction
 
 Each file holds `features` (float32), `names` (of the images), and, where there are some,
 `labels` (int32) and `classes` (their names). Images are cropped centrally, as in evaluation;
@@ -78,9 +78,10 @@ def _run() -> None:
     check_writable(output, "--output")
     size = len(source) if single else _SHARD.value
     parts = [range(start, min(start + size, len(source))) for start in range(0, len(source), size)]
+    height, width = data.image_shape
     about = {
         **{"checkpoint": str(path), "encoder": encoder, "features": _FEATURES.value, "images": source.fingerprint},
-        **{"image_size": data.image_size, "crop_fraction": crop_fraction, "shard": size},
+        **{"image_size": height if height == width else [height, width], "crop_fraction": crop_fraction, "shard": size},
     }
     files = [output] if single else [output / f"features-{i:05}-of-{len(parts):05}.npz" for i in range(len(parts))]
     if not single:

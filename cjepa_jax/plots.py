@@ -54,25 +54,31 @@ def curves(lines: list[dict[str, Any]], path: epath.Path, panels: Mapping[str, S
     _save(figure, path)
 
 
-def masks(images: np.ndarray, sampled: Masks, path: epath.Path, *, grid: int) -> None:
+def masks(images: np.ndarray, sampled: Masks, path: epath.Path, *, grid: tuple[int, int]) -> None:
     """Draws each image [n, H, W, C] uint8, what the context encoder sees of it, and each target block."""
-    columns, side = 2 + sampled.target_idx.shape[1], images.shape[1]
+    columns, (high, wide) = 2 + sampled.target_idx.shape[1], images.shape[1:3]
     titles = ["image", "context", *(f"target {m + 1}" for m in range(columns - 2))]
-    width, height = math.ceil(1.05 * side), math.ceil(1.2 * side)  # of a picture with its margin and its title
+    side = math.sqrt(high * wide)
+    width, height = (
+        math.ceil(wide + 0.05 * side),
+        math.ceil(high + 0.2 * side),
+    )  # with margin and title
     drawn = np.ones((height * len(images), width * columns, 3))
-    figure = Figure(figsize=(1.5 * columns, 1.7 * len(images)))
+    inches = 1.43 / side  # a pixel
+    figure = Figure(figsize=(inches * drawn.shape[1], inches * drawn.shape[0]))
     axes = figure.add_axes((0, 0, 1, 1))  # a single one: each further one takes a twentieth of a second
     for i, image in enumerate(images):
-        visible = [np.ones(grid * grid, bool), _members(sampled.context_idx[i], sampled.context_valid[i], grid)]
+        visible = [np.ones(math.prod(grid), bool), _members(sampled.context_idx[i], sampled.context_valid[i], grid)]
         visible += [
             _members(*block, grid) for block in zip(sampled.target_idx[i], sampled.target_valid[i], strict=True)
         ]
         for j, (members, title) in enumerate(zip(visible, titles, strict=True)):
-            shown = np.kron(members.reshape(grid, grid), np.ones((side // grid, side // grid)))[..., None]
+            patch = np.ones((high // grid[0], wide // grid[1]))
+            shown = np.kron(members.reshape(grid), patch)[..., None]
             picture = image / 255 * shown + 0.5 * (1 - shown) * np.array([0.35, 0.45, 0.65])
-            top, left = (i + 1) * height - side, j * width
-            drawn[top : top + side, left : left + side] = picture
-            axes.text(left + side / 2, top - 0.03 * side, f"{title} ({members.sum()})", ha="center", va="bottom")
+            top, left = (i + 1) * height - high, j * width
+            drawn[top : top + high, left : left + wide] = picture
+            axes.text(left + wide / 2, top - 0.03 * side, f"{title} ({members.sum()})", ha="center", va="bottom")
     axes.imshow(drawn)
     axes.set_axis_off()
     _save(figure, path)
@@ -178,8 +184,9 @@ class Panel(NamedTuple):
 
 
 def panels(rows: Sequence[Sequence[Panel]], path: epath.Path, *, title: str) -> None:
-    """Draws rows of panels, with a gap behind the first of each row."""
-    columns, height, gap = max(map(len, rows)), 1.4, 0.2  # in widths of an image
+    """Draws rows of panels, whose images have one shape, with a gap behind the first of each row."""
+    tall = rows[0][0].image.shape[0] / rows[0][0].image.shape[1]
+    columns, height, gap = max(map(len, rows)), 0.4 + tall, 0.2  # in widths of an image
     width = 1.1 * columns + gap
     figure = Figure(figsize=(1.1 * width, 1.1 * (height * len(rows) + 0.3)))
     axes = figure.add_axes((0, 0, 1, 1))  # a single one: each further one takes a twentieth of a second
@@ -189,14 +196,14 @@ def panels(rows: Sequence[Sequence[Panel]], path: epath.Path, *, title: str) -> 
     for i, row in enumerate(rows):
         for j, panel in enumerate(row):
             left, bottom = 0.05 + 1.1 * j + gap * (j > 0), height * (i + 1) + 0.25
-            box = (left, left + 1, bottom, bottom - 1)
+            box = (left, left + 1, bottom, bottom - tall)
             picture = panel.image
             axes.imshow(picture, cmap="gray" if picture.shape[-1] == 1 else None, vmin=0, vmax=255, extent=box)
             lines = [textwrap.shorten(line, 20, placeholder="...") for line in panel.caption.splitlines()]
-            axes.text(left + 0.5, bottom - 1.02, "\n".join(lines), ha="center", va="bottom", fontsize=7)
+            axes.text(left + 0.5, bottom - tall - 0.02, "\n".join(lines), ha="center", va="bottom", fontsize=7)
             if panel.agrees is not None:
                 color = "tab:green" if panel.agrees else "tab:orange"
-                axes.add_patch(Rectangle((left, bottom - 1), 1, 1, fill=False, edgecolor=color, linewidth=2))
+                axes.add_patch(Rectangle((left, bottom - tall), 1, tall, fill=False, edgecolor=color, linewidth=2))
     axes.set(xlim=(0, width), ylim=(height * len(rows) + 0.3, 0), aspect="auto")  # imshow has changed them
     _save(figure, path)
 
@@ -232,8 +239,8 @@ def maps(rows: Mapping[str, Mapping[str, np.ndarray]], classes: np.ndarray, path
     _save(figure, path)
 
 
-def _members(idx: Any, valid: Any, grid: int) -> np.ndarray:
-    members = np.zeros(grid * grid, bool)
+def _members(idx: Any, valid: Any, grid: tuple[int, int]) -> np.ndarray:
+    members = np.zeros(math.prod(grid), bool)
     members[np.asarray(idx)[np.asarray(valid)]] = True
     return members
 

@@ -15,7 +15,7 @@ from etils import epath
 from jaxtyping import PyTree
 
 from cjepa_jax import checksums
-from cjepa_jax.config import Data, Model
+from cjepa_jax.config import Data, Grid, Model, grid_of
 from cjepa_jax.errors import UserError, one_line, require
 from cjepa_jax.files import absolute, is_file, is_remote, read_json, storing, write_whole
 from cjepa_jax.models.masking import Masks
@@ -44,13 +44,30 @@ class Pretrained(NamedTuple):
 
     model: Model
     predictor: PredictorConfig | None  # its width and depth, where the checkpoint has one
-    image_size: int  # pixels a side, in training
+    image_size: int  # pixels a side, or of height, in training
     mean: tuple[float, ...]  # per channel, of values in [0, 1]
     std: tuple[float, ...]
     step: int
     params: dict[str, Any]  # name of a network -> its parameters, NumPy arrays
     classes: tuple[str, ...] = ()  # of the head, where they have names
     epoch: int = 0  # of an imported checkpoint, which does not know its step
+    image_width: int = 0  # pixels; 0: the images are square
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """Gives height and width of the images in training, in pixels."""
+        return self.image_size, self.image_width or self.image_size
+
+    @property
+    def is_square(self) -> bool:
+        """Tells whether these images are square."""
+        height, width = self.image_shape
+        return height == width
+
+    @property
+    def grid(self) -> Grid:
+        """Gives the numbers of rows and columns of patches of these images."""
+        return grid_of(self.image_shape, self.model.patch_size)
 
 
 def load(path: epath.Path, names: Sequence[str], *, flag: str = "--checkpoint") -> Pretrained:
@@ -93,19 +110,26 @@ def outline(config: Mapping[str, Any], what: str) -> Pretrained:
     for key in _ESSENTIAL:  # they were always there, so no default stands for what was meant
         require(config.get(key) is not None, f"{what}: {key} is missing")
     images = {key: config[key] for key in _ESSENTIAL if key.startswith("data.")}
+    images |= {"data.image_width": config.get("data.image_width", 0)}
     try:
         data = parse_flat({"data.source": "folder"} | images, Data, "data.")
         model = parse_flat(config, Model, "model.")
         predictor = parse_flat(config, PredictorConfig, "predictor.") if "predictor.width" in config else None
         require(model.patch_size > 0, "model.patch_size must be in [1, 1024], got 0")
-        grid = data.image_size // model.patch_size
-        require(grid > 0, f"model.patch_size = {model.patch_size} is more than data.image_size = {data.image_size}")
-        build_encoder(model, grid=grid)
+        networks = Pretrained(
+            model, predictor, data.image_size, data.mean, data.std, 0, {}, image_width=data.image_width
+        )
+        shortest = "image_size" if min(networks.grid) == networks.grid[0] else "image_width"
+        require(
+            min(networks.grid) > 0,
+            f"model.patch_size = {model.patch_size} is more than data.{shortest} = {getattr(data, shortest)}",
+        )
+        build_encoder(model, grid=networks.grid)
         if predictor:
-            build_predictor(predictor, model, grid=grid)
+            build_predictor(predictor, model, grid=networks.grid)
     except UserError as error:
         raise UserError(f"{what}: {error}") from None
-    return Pretrained(model, predictor, data.image_size, data.mean, data.std, 0, {})
+    return networks
 
 
 def available(path: epath.Path, *, flag: str = "--checkpoint") -> tuple[str, ...]:
@@ -127,7 +151,7 @@ def save(workdir: epath.Path, pretrained: Pretrained) -> None:
         ocp.PyTreeCheckpointer(use_ocdbt=False).save(folder / "state", state)
     (folder / META).parent.mkdir(exist_ok=True)
     write_whole(folder / META, json.dumps({"checksums": checksums.of_tree(state)}))
-    config = {f"data.{key}": getattr(pretrained, key) for key in ("image_size", "mean", "std")}
+    config = {f"data.{key}": getattr(pretrained, key) for key in ("image_size", "image_width", "mean", "std")}
     for name in ("model", "predictor"):
         if (settings := getattr(pretrained, name)) is not None:
             config |= {f"{name}.{key}": value for key, value in vars(settings).items()}
@@ -138,9 +162,9 @@ def save(workdir: epath.Path, pretrained: Pretrained) -> None:
 
 def shapes(networks: Pretrained, *, classes: int) -> dict[str, Any]:
     """The parameters that the settings call for, as shapes and dtypes, by network; those in `networks` do not count."""
-    model, grid = networks.model, networks.image_size // networks.model.patch_size
+    model, grid = networks.model, networks.grid
     key = jax.eval_shape(lambda: jax.random.key(0))
-    patches = jax.ShapeDtypeStruct((1, grid**2, model.patch_size**2 * len(networks.mean)), np.float32)
+    patches = jax.ShapeDtypeStruct((1, math.prod(grid), model.patch_size**2 * len(networks.mean)), np.float32)
     encoder = build_encoder(model, grid=grid)
     width = encoder.size.width
     found = dict.fromkeys(("encoder", "target_encoder"), jax.eval_shape(encoder.init, key, patches)["params"])

@@ -32,18 +32,19 @@ def test_maps_are_means_in_multiples_of_uniform(weights, query):
     np.testing.assert_allclose(found.mean(axis=-1), 1, rtol=1e-5)
 
 
-def test_maps_are_enlarged_as_pytorch_does():
+@pytest.mark.parametrize("grid, shape", [((4, 4), (32, 32)), ((2, 8), (16, 64))])
+def test_maps_are_enlarged_as_pytorch_does(grid, shape):
     maps = np.random.default_rng(0).random((2, 16)).astype(np.float32)
     expected = torch.nn.functional.interpolate(
-        torch.tensor(maps).reshape(2, 1, 4, 4), size=(32, 32), mode="bilinear", align_corners=False
+        torch.tensor(maps).reshape(2, 1, *grid), size=shape, mode="bilinear", align_corners=False
     )[:, 0]
-    np.testing.assert_allclose(attention.enlarged(jnp.asarray(maps), image_size=32), expected, atol=1e-6)
+    np.testing.assert_allclose(attention.enlarged(jnp.asarray(maps), grid=grid, shape=shape), expected, atol=1e-6)
 
 
 def test_an_encoder_of_one_layer():
     """Nothing before the last layer but the patches and their positions, which differ: so does the attention."""
     model = Model(size="16x1x2", patch_size=2, init="normal", dtype="float32", layers="unrolled", remat="none")
-    encoder = build_encoder(model, grid=4)
+    encoder = build_encoder(model, grid=(4, 4))
     patches = jax.random.normal(jax.random.key(0), (3, 16, 4))
     params = encoder.init(jax.random.key(1), patches)["params"]
     weights, features = attention.last_layer(encoder, params, patches)

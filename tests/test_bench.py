@@ -70,7 +70,7 @@ def test_damage_names_other_errors(monkeypatch):
 def test_every_whole_file_is_read():
     for name, raw in bench_damage.whole().items():
         for decoder in ("fast", "pillow"):
-            pixels = decode.crop(raw, lambda w, h: (0, 0, w, h), size=8, channels=3, decoder=decoder)
+            pixels = decode.crop(raw, lambda w, h: (0, 0, w, h), shape=(8, 8), channels=3, decoder=decoder)
             assert pixels.std() > 5, name
 
 

@@ -194,7 +194,7 @@ def test_useful_flops_are_those_of_the_networks():
         shape((1, blocks, hidden), jnp.int32),
         shape((1, blocks, hidden), bool),
     )
-    patches, context = shape((1, grid**2, 768), jnp.float32), shape((1, kept, 192), jnp.float32)
+    patches, context = shape((1, grid[0] * grid[1], 768), jnp.float32), shape((1, kept, 192), jnp.float32)
     for name, module, inputs in (
         ("target", method.encoder, (patches,)),
         ("context", method.encoder, (patches, masks.context_idx, masks.context_valid)),

@@ -62,7 +62,7 @@ def make_networks(size=ODD, *, image=32, patch=8, predictor=PREDICTOR, classes=0
 
 def features_of_ours(path, images, network="target_encoder"):
     networks = pretrained.load(epath.Path(path), (network,))
-    encoder = build_encoder(networks.model, grid=networks.image_size // networks.model.patch_size)
+    encoder = build_encoder(networks.model, grid=networks.grid)
     return np.asarray(encoder.apply({"params": networks.params[network]}, patchify(images, networks.model.patch_size)))
 
 
@@ -71,7 +71,12 @@ def features_of_theirs(path, images, size, network="target_encoder"):
     width, depth, heads, ratio = parse_size(size)
     patch = content[network]["patch_embed.proj.weight"].shape[-1]
     encoder = torch_ijepa.Encoder(
-        width=width, depth=depth, heads=heads, hidden=round(width * ratio), grid=images.shape[1] // patch, patch=patch
+        width=width,
+        depth=depth,
+        heads=heads,
+        hidden=round(width * ratio),
+        grid=tuple(n // patch for n in images.shape[1:3]),
+        patch=patch,
     )
     encoder.load_state_dict(content[network])
     return run(encoder, images)
@@ -84,7 +89,7 @@ def features_of_timm(path, images, size):
     with torch.device("cpu"):
         model = timm.create_model(
             "vit_base_patch16_gap_224",
-            img_size=images.shape[1],
+            img_size=images.shape[1:3],
             patch_size=patch_of(path),
             embed_dim=width,
             depth=depth,
@@ -194,14 +199,14 @@ def test_the_predictor_of_ijepa(odd):
     random = np.random.default_rng(2)
     context, order = random.standard_normal((2, 6, 24), np.float32), random.permutation(16)
     visible, hidden = order[:6], order[6:10]
-    ours = build_predictor(loaded.predictor, loaded.model, grid=4).apply(
+    ours = build_predictor(loaded.predictor, loaded.model, grid=(4, 4)).apply(
         {"params": loaded.params["predictor"]},
         jnp.asarray(context),
         Masks(
             jnp.tile(visible, (2, 1)), jnp.ones((2, 6), bool), jnp.tile(hidden, (2, 1, 1)), jnp.ones((2, 1, 4), bool)
         ),
     )[:, 0]
-    reference = torch_ijepa.Predictor(features=24, width=12, depth=2, heads=3, grid=4)
+    reference = torch_ijepa.Predictor(features=24, width=12, depth=2, heads=3, grid=(4, 4))
     reference.load_state_dict(torch.load(odd / NAMES["ijepa"], weights_only=True)["predictor"])
     with torch.inference_mode():
         theirs = reference(torch.tensor(context), torch.tensor(visible), torch.tensor(hidden)).numpy()
@@ -305,9 +310,9 @@ class Code:
 def release(path, *, prefix="module.", width=24, grid=4, **changes):
     """Writes a .pth.tar of random numbers with everything that I-JEPA's training saves; returns its content."""
     torch.manual_seed(0)
-    sizes = {"width": width, "depth": 2, "heads": 3, "hidden": 60, "grid": grid, "patch": 8}
+    sizes = {"width": width, "depth": 2, "heads": 3, "hidden": 60, "grid": (grid, grid), "patch": 8}
     networks = {part: torch_ijepa.Encoder(**sizes) for part in ("encoder", "target_encoder")}
-    networks["predictor"] = torch_ijepa.Predictor(features=width, width=12, depth=2, heads=3, grid=grid)
+    networks["predictor"] = torch_ijepa.Predictor(features=width, width=12, depth=2, heads=3, grid=(grid, grid))
     optimizer = torch.optim.AdamW(networks["encoder"].parameters(), lr=1e-3)
     sum(p.sum() for p in networks["encoder"].parameters()).backward()
     optimizer.step()

@@ -85,7 +85,7 @@ def test_random_box_of_a_thin_image_is_central(width, height):
     ],
 )
 def test_central_box_is_a_share_of_the_short_side(width, height, fraction, box):
-    assert decode.central_box(width, height, fraction=fraction) == pytest.approx(box)
+    assert decode.central_box(width, height, aspect=1.0, fraction=fraction) == pytest.approx(box)
 
 
 # Pixels
@@ -102,7 +102,9 @@ def psnr(a, b):
 
 def crop(picture, box=None, *, size=24, channels=3, decoder="fast"):
     """The box, or all of the picture."""
-    return decode.crop(picture, lambda w, h: box or (0, 0, w, h), size=size, channels=channels, decoder=decoder)
+    return decode.crop(
+        picture, lambda w, h: box or (0, 0, w, h), shape=(size, size), channels=channels, decoder=decoder
+    )
 
 
 def encoded(image, form="png", **options):
@@ -246,7 +248,9 @@ def test_exif_orientation_is_applied(decoder, form, orientation):
     options = dict(exif=exif(orientation), **({"lossless": True} if form == "webp" else {"quality": 95}))
     picture = encoded(stored, form, **options)
     seen = []
-    found = decode.crop(picture, lambda w, h: seen.append((w, h)) or (0, 0, w, h), size=40, channels=3, decoder=decoder)
+    found = decode.crop(
+        picture, lambda w, h: seen.append((w, h)) or (0, 0, w, h), shape=(40, 40), channels=3, decoder=decoder
+    )
     assert seen == [(60, 40)]
     expected = np.asarray(upright.resize((40, 40), Image.BILINEAR))
     assert psnr(found, expected) > 30 > psnr(found, expected[::-1]) and psnr(found, expected[:, ::-1]) < 30

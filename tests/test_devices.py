@@ -44,7 +44,8 @@ def loss_and_gradients(method: CJEPA, devices: int):
     mesh = sharding.make_mesh(method.config.mesh, jax.devices()[:devices])
     whole, split = sharding.replicated(mesh), sharding.batch(mesh)
     state = jax.device_put(initial(method), whole)
-    images = jax.random.randint(jax.random.key(1), (BATCH, 8, 8, 1), 0, 256).astype(jnp.uint8)
+    shape = (BATCH, *method.config.data.image_shape, 1)
+    images = jax.random.randint(jax.random.key(1), shape, 0, 256).astype(jnp.uint8)
 
     def loss(params, images, rng):
         return loss_of(method, params, state.averages, method.prepare(labelled(images), rng))
@@ -60,9 +61,9 @@ def loss_and_gradients(method: CJEPA, devices: int):
     return jax.device_get((total, parts, features, grads)), compiled.as_text()
 
 
-@pytest.mark.parametrize("views", ["target_blocks", "context_target"])
-def test_same_loss_and_gradients(make_config, views):
-    config = make_config(vicreg__views=views, vicreg__weight=0.01, vicreg__projector=(12, 8))
+@pytest.mark.parametrize("views, width", [("target_blocks", 0), ("context_target", 0), ("target_blocks", 16)])
+def test_same_loss_and_gradients(make_config, views, width):
+    config = make_config(vicreg__views=views, vicreg__weight=0.01, vicreg__projector=(12, 8), data__image_width=width)
     method = CJEPA(config)
     one, _ = loss_and_gradients(method, 1)
     eight, program = loss_and_gradients(method, 8)

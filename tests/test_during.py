@@ -21,7 +21,7 @@ def test_the_log_shows_the_trained_encoder_and_not_a_baseline(make_config, tmp_p
     config = make_config(eval__every=2, eval__draws=2, **splits)
     mesh = sharding.make_mesh(Mesh())
     train = pipeline.Reader(sources.load(config.data, config.data.train_split), config.data)
-    encoder = build_encoder(config.model, grid=4)
+    encoder = build_encoder(config.model, grid=(4, 4))
     first, last = (encoder.init(jax.random.key(i), np.zeros((1, 16, 4), np.float32))["params"] for i in range(2))
 
     during = DuringTraining(config, train, mesh)

@@ -72,7 +72,7 @@ def reference_features(params, images: np.ndarray, config) -> list[np.ndarray]:
 
     patches = patchify(normalise(jnp.asarray(images), mean=config.mean, std=config.std), 2)
     with jax.numpy_rank_promotion("allow"):
-        x = patches @ params["embed"]["kernel"] + params["embed"]["bias"] + sincos_positions(16, 4)
+        x = patches @ params["embed"]["kernel"] + params["embed"]["bias"] + sincos_positions(16, (4, 4))
     block, norm, found = Block(2, 4, "fan_in", jnp.dtype("float32")), nn.LayerNorm(1e-6), []
     for name in ("block00", "block01"):
         x = block.apply({"params": params[name]}, x)
@@ -130,11 +130,11 @@ def test_random_views_are_a_function_of_the_seed_and_the_image(make_config):
 
 def test_images_of_another_size_get_interpolated_positions(workdir):
     frozen = freeze(workdir, "encoder", settings(data__image_size=12), baselines=False)
-    encoder = features.encoder_for(frozen.model, image_size=12, trained_size=8)
+    encoder = features.encoder_for(frozen.model, image_shape=(12, 12), trained_shape=(8, 8))
     params = frozen.origin.networks.params["encoder"]
     patches = jnp.ones((1, 36, 4))
     moved = encoder.apply({"params": params}, patches)
-    computed = build_encoder(frozen.model, grid=6).apply({"params": params}, patches)
+    computed = build_encoder(frozen.model, grid=(6, 6)).apply({"params": params}, patches)
     assert moved.shape == (1, 36, 16) and np.abs(moved - computed).max() > 0.01
     assert frozen.splits()["trained"].test.features.shape == (150, 16)
 

@@ -198,9 +198,9 @@ def test_alarms_name_the_step_since_which_collapse_showed():
 
 @pytest.mark.parametrize("old, new", [(14, 16), (14, 28), (16, 7), (2, 5)])
 def test_positions_are_interpolated_as_pytorch_does(old, new):
-    table = sincos_positions(16, old)
+    table = sincos_positions(16, (old, old))
     square = torch.tensor(table).reshape(1, old, old, 16).permute(0, 3, 1, 2).double()
     expected = torch.nn.functional.interpolate(square, scale_factor=new / old, mode="bicubic")
     assert expected.shape[-1] == new
     expected = expected.permute(0, 2, 3, 1).reshape(new * new, 16)
-    np.testing.assert_allclose(interpolate_positions(table, new), expected, atol=1e-6)
+    np.testing.assert_allclose(interpolate_positions(table, (old, old), (new, new)), expected, atol=1e-6)

@@ -69,7 +69,7 @@ def test_parameters_and_decay(name, request):
 
     data, size = config.data, max(8, config.optim.microbatches)
     views = (len(method.views),) if len(method.views) > 1 else ()
-    images = jax.ShapeDtypeStruct((size, *views, data.image_size, data.image_size, data.channels), jnp.uint8)
+    images = jax.ShapeDtypeStruct((size, *views, *data.image_shape, data.channels), jnp.uint8)
     batch = Batch(images, jax.ShapeDtypeStruct((size,), jnp.int32))
     step = functools.partial(train_step, method=method, steps=1000)
     after, metrics, _ = jax.eval_shape(step, state, batch, jax.random.key(0))

@@ -19,6 +19,7 @@ from cjepa_jax.train import sharding
 
 STEPS, BATCH = 5_000, 2  # 10,000 images; in `released` a block size belongs to a step
 KEPT = 60  # of the context tokens, where they are cut
+SQUARE, WIDE, SMALL = (14, 14), (14, 28), (3, 6)  # rows and columns
 RECIPES = ["released", "corrected"]
 QUICK = {"xla_backend_optimization_level": 1}  # runs several times faster than 0, compiles faster than 3
 
@@ -29,14 +30,15 @@ def make_mask(make_config):
 
     def make(recipe, grid, **overrides):
         settings = dict(recipe=recipe, targets=4, target_scale=(0.15, 0.2), target_aspect=(0.75, 1.5))
-        settings |= dict(context_scale=(0.85, 1.0), min_keep=10, context_tokens=longest(recipe, grid) ** 2)
+        settings |= dict(context_scale=(0.85, 1.0), min_keep=10, context_tokens=math.prod(longest(recipe, grid)))
         return make_config(**{f"mask__{key}": value for key, value in (settings | overrides).items()}).mask
 
     return make
 
 
 def longest(recipe, grid):
-    return grid - 1 if recipe == "released" else grid
+    rows, columns = grid
+    return (rows - 1, columns - 1) if recipe == "released" else grid
 
 
 @functools.cache
@@ -49,8 +51,8 @@ def draw(mask, grid):
 
 def covered(idx, valid, grid):
     """Which patches the valid indices name, [..., N]."""
-    hits = np.zeros((*idx.shape[:-1], grid * grid + 1), bool)
-    np.put_along_axis(hits, np.where(valid, idx, grid * grid), True, axis=-1)
+    hits = np.zeros((*idx.shape[:-1], math.prod(grid) + 1), bool)
+    np.put_along_axis(hits, np.where(valid, idx, math.prod(grid)), True, axis=-1)
     return hits[..., :-1]
 
 
@@ -65,8 +67,8 @@ def targets_of(masks, grid):
 
 def bounds(masks, grid):
     """Top-left corner and size of the target blocks' bounding boxes, both [..., 2]."""
-    position, valid = np.stack(np.divmod(masks.target_idx, grid)), masks.target_valid
-    low = np.where(valid, position, grid).min(axis=-1)
+    position, valid = np.stack(np.divmod(masks.target_idx, grid[1])), masks.target_valid
+    low = np.where(valid, position, max(grid)).min(axis=-1)
     return np.moveaxis(low, 0, -1), np.moveaxis(np.where(valid, position, -1).max(axis=-1) - low + 1, 0, -1)
 
 
@@ -79,26 +81,27 @@ def shares(sizes):
 def reference(mask, grid, images):
     """The recipes in plain Python, one image a step: a block size of each, and its number of context patches."""
     rng = random.Random(1)
-    limit = longest(mask.recipe, grid)
+    rows, columns = grid
+    highest, widest = longest(mask.recipe, grid)
 
     def size(scale, aspect):
         r = rng.random()
         q = r if mask.recipe == "released" else rng.random()
-        patches = int(grid * grid * (scale[0] + r * (scale[1] - scale[0])))
+        patches = int(rows * columns * (scale[0] + r * (scale[1] - scale[0])))
         ratio = aspect[0] + q * (aspect[1] - aspect[0])
-        return min(round(math.sqrt(patches * ratio)), limit), min(round(math.sqrt(patches / ratio)), limit)
+        return min(round(math.sqrt(patches * ratio)), highest), min(round(math.sqrt(patches / ratio)), widest)
 
     def block(size):
-        (height, width), end = size, limit + 1  # `released` excludes the last corner
-        top, left = rng.randrange(end - size[0]), rng.randrange(end - size[1])
-        return {(top + row) * grid + left + column for row in range(height) for column in range(width)}
+        height, width = size  # `released` excludes the last corner
+        top, left = rng.randrange(highest + 1 - height), rng.randrange(widest + 1 - width)
+        return {(top + row) * columns + left + column for row in range(height) for column in range(width)}
 
     sizes, counts = [], []
     for _ in range(images):
         target_sizes = [size(mask.target_scale, mask.target_aspect)] * mask.targets
         if mask.recipe == "corrected":
             target_sizes[1:] = [size(mask.target_scale, mask.target_aspect) for _ in target_sizes[1:]]
-        context_size = size(mask.context_scale, (1.0, 1.0))
+        context_size = size(mask.context_scale, (rows / columns, rows / columns))
         kept = set()
         while len(kept) < mask.min_keep:
             kept = block(context_size).difference(*map(block, target_sizes))
@@ -111,23 +114,27 @@ def reference(mask, grid, images):
 
 
 @pytest.mark.parametrize(
-    "recipe, overrides",
+    "recipe, grid, overrides",
     [
-        ("released", {}),
-        ("released", {"context_tokens": KEPT, "keep": "raster"}),
-        ("corrected", {}),
-        ("corrected", {"context_tokens": KEPT}),
+        ("released", SQUARE, {}),
+        ("released", SQUARE, {"context_tokens": KEPT, "keep": "raster"}),
+        ("corrected", SQUARE, {}),
+        ("corrected", SQUARE, {"context_tokens": KEPT}),
+        ("released", WIDE, {}),
+        ("corrected", WIDE, {}),
+        ("released", SMALL, {"min_keep": 1, "targets": 2}),
+        ("corrected", SMALL, {"min_keep": 1, "targets": 2}),
     ],
 )
-def test_every_draw_is_well_formed(make_mask, recipe, overrides):
-    grid, mask = 14, make_mask(recipe, 14, **overrides)
+def test_every_draw_is_well_formed(make_mask, recipe, grid, overrides):
+    mask = make_mask(recipe, grid, **overrides)
     masks = draw(mask, grid)
     for idx, valid, length in (
         (masks.context_idx, masks.context_valid, mask.context_tokens),
         (masks.target_idx, masks.target_valid, target_tokens(mask, grid)),
     ):
         assert idx.shape[-1] == valid.shape[-1] == length
-        assert (idx.min(), idx.max() < grid * grid) == (0, True)
+        assert (idx.min(), idx.max() < math.prod(grid)) == (0, True)
         distinct = np.sort(np.where(valid, idx, -1 - np.arange(length)), axis=-1)
         assert (np.diff(distinct) > 0).all()
     assert not (context_of(masks, grid) & targets_of(masks, grid)).any()
@@ -141,7 +148,7 @@ def test_every_draw_is_well_formed(make_mask, recipe, overrides):
 def test_too_small_a_context_is_drawn_again(make_mask):
     """And where none reaches min_keep (of 16 patches at least one is hidden) the fullest of several is taken."""
     once, again, fullest = (
-        draw(make_mask("corrected", 4, min_keep=n), 4).context_valid.sum(axis=-1) for n in (1, 6, 16)
+        draw(make_mask("corrected", (4, 4), min_keep=n), (4, 4)).context_valid.sum(axis=-1) for n in (1, 6, 16)
     )
     assert (once < 6).mean() > 0.01
     assert again.min() == 6
@@ -154,8 +161,8 @@ def test_too_small_a_context_is_drawn_again(make_mask):
 @pytest.mark.parametrize(
     "grid, tokens, sizes, mean, std, quantiles",
     [
-        (14, 40, {(5, 6): 0.265, (6, 6): 0.218, (6, 5): 0.126, (7, 5): 0.364, (8, 5): 0.026}, 82, 14, (51, 114)),
-        (16, 54, None, 110, 18, None),
+        (SQUARE, 40, {(5, 6): 0.265, (6, 6): 0.218, (6, 5): 0.126, (7, 5): 0.364, (8, 5): 0.026}, 82, 14, (51, 114)),
+        ((16, 16), 54, None, 110, 18, None),
     ],
 )
 def test_released_has_the_published_statistics(make_mask, grid, tokens, sizes, mean, std, quantiles):
@@ -173,7 +180,15 @@ def test_released_has_the_published_statistics(make_mask, grid, tokens, sizes, m
 
 
 @pytest.mark.parametrize(
-    "recipe, grid, again", [("released", 14, 0), ("released", 14, 71), ("released", 16, 0), ("corrected", 14, 79)]
+    "recipe, grid, again",
+    [
+        ("released", SQUARE, 0),
+        ("released", SQUARE, 71),
+        ("released", (16, 16), 0),
+        ("corrected", SQUARE, 79),
+        ("released", WIDE, 0),
+        ("corrected", WIDE, 0),
+    ],
 )
 def test_distribution_is_that_of_the_reference(make_mask, recipe, grid, again):
     """Also with a min_keep (`again`) that a fifth of the placements miss."""
@@ -188,8 +203,8 @@ def test_distribution_is_that_of_the_reference(make_mask, recipe, grid, again):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_corners_are_uniform_and_independent(make_mask, recipe):
-    corner, size = bounds(draw(make_mask(recipe, 14), 14), 14)
-    places = longest(recipe, 14) + 1 - size  # in `released` the end is excluded
+    corner, size = bounds(draw(make_mask(recipe, SQUARE), SQUARE), SQUARE)
+    places = np.array(longest(recipe, SQUARE)) + 1 - size  # in `released` the end is excluded
     coordinates = ((corner + 0.5) / places).reshape(STEPS, -1)  # of both axes, all blocks, both images
     correlation = np.corrcoef(coordinates, rowvar=False) - np.eye(coordinates.shape[1])
     assert np.abs(correlation).max() < 5 / math.sqrt(STEPS)
@@ -201,25 +216,25 @@ def test_corners_are_uniform_and_independent(make_mask, recipe):
             assert np.abs(counts - counts.mean()).max() < 5 * math.sqrt(counts.mean())
 
 
-@pytest.mark.parametrize("grid", [14, 16])
+@pytest.mark.parametrize("grid", [SQUARE, (16, 16)])
 def test_released_never_reaches_the_last_row_and_column(make_mask, grid):
     """Its context block is all the rest, always; and the targets reach all the rest."""
     masks = draw(make_mask("released", grid), grid)
-    rest = (np.indices((grid, grid)) < grid - 1).all(axis=0).ravel()
+    rest = (np.indices(grid) < np.reshape(grid, (2, 1, 1)) - 1).all(axis=0).ravel()
     targets = targets_of(masks, grid)
     np.testing.assert_array_equal(targets.any(axis=(0, 1)), rest)
     np.testing.assert_array_equal(context_of(masks, grid), rest & ~targets)
 
 
-@pytest.mark.parametrize("overrides", [{}, {"context_tokens": KEPT}])
-def test_corrected_reaches_every_patch(make_mask, overrides):
-    masks = draw(make_mask("corrected", 14, **overrides), 14)
-    assert targets_of(masks, 14).any(axis=(0, 1)).all()
-    assert context_of(masks, 14).any(axis=(0, 1)).all()
+@pytest.mark.parametrize("grid, overrides", [(SQUARE, {}), (SQUARE, {"context_tokens": KEPT}), (WIDE, {})])
+def test_corrected_reaches_every_patch(make_mask, grid, overrides):
+    masks = draw(make_mask("corrected", grid, **overrides), grid)
+    assert targets_of(masks, grid).any(axis=(0, 1)).all()
+    assert context_of(masks, grid).any(axis=(0, 1)).all()
 
 
 def test_one_size_a_step_or_one_a_block(make_mask):
-    sizes = {recipe: bounds(draw(make_mask(recipe, 14), 14), 14)[1] for recipe in RECIPES}
+    sizes = {recipe: bounds(draw(make_mask(recipe, SQUARE), SQUARE), SQUARE)[1] for recipe in RECIPES}
     assert (sizes["released"] == sizes["released"][:, :1, :1]).all()
     differs = (sizes["corrected"][:, :, 1:] != sizes["corrected"][:, :, :1]).any(axis=-1).mean(axis=(0, 1))
     assert (differs > 0.5).all()
@@ -231,15 +246,15 @@ def test_one_size_a_step_or_one_a_block(make_mask):
 
 
 def test_raster_keeps_the_first(make_mask):
-    whole = context_of(draw(make_mask("released", 14), 14), 14)
-    cut = draw(make_mask("released", 14, context_tokens=KEPT, keep="raster"), 14)
-    np.testing.assert_array_equal(context_of(cut, 14), whole & (whole.cumsum(axis=-1) <= KEPT))
+    whole = context_of(draw(make_mask("released", SQUARE), SQUARE), SQUARE)
+    cut = draw(make_mask("released", SQUARE, context_tokens=KEPT, keep="raster"), SQUARE)
+    np.testing.assert_array_equal(context_of(cut, SQUARE), whole & (whole.cumsum(axis=-1) <= KEPT))
 
 
 def test_random_keeps_a_uniform_subset(make_mask):
     """Each eligible patch with probability K / n, and each two neighbours in raster order with K (K-1) / (n (n-1))."""
-    whole = context_of(draw(make_mask("corrected", 14), 14), 14).reshape(-1, 196)
-    cut = context_of(draw(make_mask("corrected", 14, context_tokens=KEPT), 14), 14).reshape(-1, 196)
+    whole = context_of(draw(make_mask("corrected", SQUARE), SQUARE), SQUARE).reshape(-1, 196)
+    cut = context_of(draw(make_mask("corrected", SQUARE, context_tokens=KEPT), SQUARE), SQUARE).reshape(-1, 196)
     n = np.maximum(whole.sum(axis=-1, keepdims=True), KEPT)
     assert not (cut & ~whole).any()
     np.testing.assert_array_equal(cut.sum(axis=-1), np.minimum(whole.sum(axis=-1), KEPT))
@@ -260,10 +275,10 @@ def test_random_keeps_a_uniform_subset(make_mask):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_masks_are_a_function_of_the_step_and_not_of_the_devices(make_mask, recipe):
-    mask = make_mask(recipe, 14, context_tokens=KEPT)
+    mask = make_mask(recipe, SQUARE, context_tokens=KEPT)
 
     def masks_of(step):
-        return sample_masks(jax.random.fold_in(jax.random.key(0), step), mask, grid=14, batch=16)
+        return sample_masks(jax.random.fold_in(jax.random.key(0), step), mask, grid=SQUARE, batch=16)
 
     one = jax.jit(masks_of, compiler_options=QUICK)
     eight = jax.jit(
@@ -284,11 +299,14 @@ def test_masks_are_a_function_of_the_step_and_not_of_the_devices(make_mask, reci
 @pytest.mark.parametrize(
     "recipe, grid, overrides, message",
     [
-        ("released", 2, {"context_tokens": 10}, "2x2"),
-        ("corrected", 1, {"context_tokens": 10}, "model.patch_size"),
-        ("corrected", 4, {"target_scale": (0.01, 0.2)}, "mask.target_scale"),
-        ("released", 14, {"context_tokens": 170}, "169"),
-        ("corrected", 14, {"context_tokens": 197}, "196"),
+        ("released", (2, 2), {"context_tokens": 10}, "2x2"),
+        ("corrected", (1, 1), {"context_tokens": 10}, "model.patch_size"),
+        ("corrected", (4, 4), {"target_scale": (0.01, 0.2)}, "mask.target_scale"),
+        ("released", SQUARE, {"context_tokens": 170}, "169"),
+        ("corrected", SQUARE, {"context_tokens": 197}, "196"),
+        ("released", (2, 9), {"context_tokens": 10}, "a grid of 2x9 patches is too small"),
+        ("released", WIDE, {"context_tokens": 352}, "on 14x28 patches holds: 351"),
+        ("corrected", WIDE, {"min_keep": 393, "context_tokens": 0}, "on 14x28 patches holds: 392"),
     ],
 )
 def test_impossible_settings_are_named(make_mask, recipe, grid, overrides, message):
@@ -319,7 +337,7 @@ def encode(networks, patches, *context):
 def test_gathered_features_equal_masked_ones(networks):
     _, _, patches, masks, _ = networks
     gathered = encode(networks, patches, masks.context_idx, masks.context_valid)
-    masked = encode(networks, patches, None, context_of(masks, 8))
+    masked = encode(networks, patches, None, context_of(masks, (8, 8)))
     valid = masks.context_valid
     np.testing.assert_allclose(gathered[valid], take(masked, masks.context_idx)[valid], rtol=1e-5, atol=1e-5)
     assert not np.allclose(masked, encode(networks, patches), atol=1e-2)  # the mask matters
@@ -329,7 +347,7 @@ def test_hidden_patches_and_padding_have_no_influence(networks):
     _, _, patches, masks, rng = networks
     valid = masks.context_valid
     before = encode(networks, patches, masks.context_idx, valid)[valid]
-    hidden = np.where(context_of(masks, 8)[..., None], patches, 1e3)
+    hidden = np.where(context_of(masks, (8, 8))[..., None], patches, 1e3)
     padding = np.where(valid, masks.context_idx, rng.integers(64, size=valid.shape))
     for pixels, idx in ((hidden, masks.context_idx), (patches, padding), (hidden, padding)):
         np.testing.assert_array_equal(encode(networks, pixels, idx, valid)[valid], before)

@@ -99,8 +99,8 @@ def test_patches_context_and_rates_follow_the_images_and_the_batch():
 @pytest.mark.parametrize("recipe", ["released", "corrected"])
 def test_the_context_is_as_long_as_an_image_is_left_with_on_average(recipe):
     every = Mask(recipe=recipe, min_keep=1, context_tokens=144 if recipe == "corrected" else 121)
-    draw = jax.jit(jax.vmap(lambda rng: sample_masks(rng, every, grid=12, batch=2).context_valid.sum(axis=1)))
+    draw = jax.jit(jax.vmap(lambda rng: sample_masks(rng, every, grid=(12, 12), batch=2).context_valid.sum(axis=1)))
     mean = float(draw(jax.random.split(jax.random.key(0), 1000)).mean())
-    assert 0 <= context_tokens(Mask(recipe=recipe, context_tokens=0), 12) - mean < 8 + 0.5
-    masks = sample_masks(jax.random.key(1), Mask(recipe=recipe, context_tokens=0), grid=12, batch=2)
-    assert masks.context_idx.shape == (2, context_tokens(Mask(recipe=recipe, context_tokens=0), 12))
+    assert 0 <= context_tokens(Mask(recipe=recipe, context_tokens=0), (12, 12)) - mean < 8 + 0.5
+    masks = sample_masks(jax.random.key(1), Mask(recipe=recipe, context_tokens=0), grid=(12, 12), batch=2)
+    assert masks.context_idx.shape == (2, context_tokens(Mask(recipe=recipe, context_tokens=0), (12, 12)))

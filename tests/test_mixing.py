@@ -145,7 +145,7 @@ def test_drop_path_drops_at_rates_that_rise_linearly_and_keeps_the_mean():
 def test_dropped_branches_leave_the_residual_alone(layers, remat):
     """Image 0 keeps all, image 1 nothing, image 2 only the first block."""
     model = Model(size="16x2x2", patch_size=2, init="fan_in", dtype="float32", layers=layers, remat=remat)
-    encoder = build_encoder(model, grid=3)
+    encoder = build_encoder(model, grid=(3, 3))
     patches = jax.random.normal(jax.random.key(0), (3, 9, 4))
     params = encoder.init(jax.random.key(1), patches)
     whole = encoder.apply(params, patches)

@@ -31,7 +31,7 @@ TRAIN, TEST = 90, 30
 def checkpoint(tmp_path_factory):
     """A random encoder of images of 8 x 8 pixels."""
     model = Model(size="16x1x2", patch_size=4, init="fan_in", dtype="float32", layers="unrolled", remat="none")
-    params = build_encoder(model, grid=2).init(jax.random.key(0), np.zeros((1, 4, 48), np.float32))["params"]
+    params = build_encoder(model, grid=(2, 2)).init(jax.random.key(0), np.zeros((1, 4, 48), np.float32))["params"]
     parts = {"target_encoder": jax.device_get(params)}
     path = epath.Path(tmp_path_factory.mktemp("runs")) / "run"
     pretrained.save(path, pretrained.Pretrained(model, None, 8, (0.5,) * 3, (0.25,) * 3, 7, parts))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import numpy as np
@@ -31,8 +32,8 @@ def save(tmp_path):
         model = Model(
             size="16x2x2", patch_size=patch_size, init="fan_in", dtype="float32", layers="scanned", remat="none"
         )
-        encoder = build_encoder(model, grid=SIZE // patch_size)
-        patches = np.zeros((1, encoder.grid**2, patch_size**2 * channels), np.float32)
+        encoder = build_encoder(model, grid=(SIZE // patch_size, SIZE // patch_size))
+        patches = np.zeros((1, math.prod(encoder.grid), patch_size**2 * channels), np.float32)
         keys = jax.random.split(jax.random.key(seed), len(towers))
         params = {tower: encoder.init(key, patches)["params"] for tower, key in zip(towers, keys, strict=True)}
         mean, std = (0.5,) * channels, (0.25,) * channels
@@ -91,12 +92,12 @@ def test_two_checkpoints_side_by_side(save, load, drawn, tmp_path):
         networks = pretrained.load(path, (tower,))
         model = Model(**vars(networks.model) | {"layers": "unrolled"})
         pixels = (images[[0, 10, 19]] / 255 - 0.5) / 0.25
-        encoder = build_encoder(model, grid=SIZE // patch)
+        encoder = build_encoder(model, grid=(SIZE // patch, SIZE // patch))
         look = jax.jit(functools.partial(maps.last_layer, encoder))
         weights, found = look(networks.params[tower], patchify(pixels.astype(np.float32), patch))
         expected = np.asarray(weights).mean(axis=(1, 2)) * weights.shape[-1]
         large = torch.nn.functional.interpolate(
-            torch.tensor(expected).reshape(3, 1, encoder.grid, encoder.grid), size=SIZE, mode="bilinear"
+            torch.tensor(expected).reshape(3, 1, *encoder.grid), size=SIZE, mode="bilinear"
         )[:, 0]
         np.testing.assert_allclose(attended[name], large, atol=1e-5)
         colours = maps.component_colours(np.asarray(found))[0]
@@ -154,19 +155,19 @@ def test_the_query_is_a_patch(save, load, drawn, tmp_path):
     edge[4:8, 8:12], edge[5:7, 9:11] = True, False
     np.testing.assert_array_equal(columns["image"], np.where(edge[..., None], (255, 0, 0), clean))
     networks = frozen.origin.networks
-    encoder = build_encoder(dataclasses.replace(networks.model, layers="unrolled"), grid=4)
+    encoder = build_encoder(dataclasses.replace(networks.model, layers="unrolled"), grid=(4, 4))
     patches = patchify(((clean / 255 - 0.5) / 0.25).astype(np.float32), 4)  # not of what is outlined
     weights, _ = maps.last_layer(encoder, networks.params["target_encoder"], patches)
-    expected = maps.enlarged(maps.attended(weights, 1 * 4 + 2), image_size=SIZE)
+    expected = maps.enlarged(maps.attended(weights, 1 * 4 + 2), grid=(4, 4), shape=(SIZE, SIZE))
     np.testing.assert_allclose(columns["only, step 7\ntarget encoder"], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     "other, overrides, says",
     [
-        ({}, {"attention__query": (4, 0)}, r"attention\.query = \(4, 0\) is no patch: rows and columns are 0 to 3"),
+        ({}, {"attention__query": (4, 0)}, r"attention\.query = \(4, 0\) is no patch: rows are 0 to 3, columns 0 to 3"),
         ({}, {"attention__query": (0, -1)}, r"attention\.query must be in \[0, 8191\], got -1"),
-        ({"patch_size": 8}, {"attention__query": (0, 0)}, r"grids differ, 2 and 4 patches"),
+        ({"patch_size": 8}, {"attention__query": (0, 0)}, r"grids differ, 2x2 and 4x4 patches"),
         ({"channels": 1}, {}, r"second wants images of 1 channels, the first one of 3"),
         ({}, {"attention__query": (1,)}, r"attention\.query must be \(\) or \(row, column\), got \(1,\)"),
         ({}, {"attention__images": 0}, r"attention\.images must be in \[1, 1000\], got 0"),
@@ -221,9 +222,9 @@ def test_frames_are_encoded_at_positions_interpolated_as_pytorch_does(save, load
     frames = np.random.default_rng(0).integers(0, 256, (8, 64, 128, 3), np.uint8)
     found = davis.patch_features(frozen, "trained")(frozen.params["trained"], frames)
 
-    table = torch.tensor(sincos_positions(16, 4)).T.reshape(1, 16, 4, 4)
+    table = torch.tensor(sincos_positions(16, (4, 4))).T.reshape(1, 16, 4, 4)
     wide = torch.nn.functional.interpolate(table, size=(16, 32), mode="bicubic")[0].reshape(16, 512).T.numpy()
-    np.testing.assert_allclose(interpolate_positions(sincos_positions(16, 4), 16, 32), wide, atol=1e-5)
+    np.testing.assert_allclose(interpolate_positions(sincos_positions(16, (4, 4)), (4, 4), (16, 32)), wide, atol=1e-5)
     params = pretrained.load(checkpoint, ("target_encoder",)).params["target_encoder"]
     x = (
         patchify((frames / 255 - 0.5).astype(np.float32) / 0.25, 4) @ params["embed"]["kernel"]

@@ -221,7 +221,8 @@ def test_a_batch_is_what_the_public_functions_make_of_its_images(make_data, phot
         picture, rng = photos.read(label)["image"], reader.generators[label]
         boxes = [decode.random_box(40, 30, scale=view.crop_scale, ratio=view.crop_ratio, rng=rng) for view in used]
         crops = [
-            decode.crop(picture, lambda w, h, box=box: box, size=8, channels=3, decoder=data.decoder) for box in boxes
+            decode.crop(picture, lambda w, h, box=box: box, shape=(8, 8), channels=3, decoder=data.decoder)
+            for box in boxes
         ]
         expected = [augment(crop, view, rng) for crop, view in zip(crops, used, strict=True)]
         np.testing.assert_array_equal(images, expected[0] if views is None else np.stack(expected))
@@ -251,7 +252,7 @@ def test_every_view_has_its_own_settings(make_data, photos):
     assert batch.images.shape == (12, 3, 8, 8, 3) and not batch.images[:, 1].any()
     for views, label in zip(batch.images, batch.labels, strict=True):
         picture = photos.read(label)["image"]
-        expected = decode.crop(picture, lambda w, h: (0, 0, w, h), size=8, channels=3, decoder=data.decoder)
+        expected = decode.crop(picture, lambda w, h: (0, 0, w, h), shape=(8, 8), channels=3, decoder=data.decoder)
         np.testing.assert_array_equal(views[0], expected)
         assert (views[2] != views[0]).any()
 

@@ -78,7 +78,7 @@ def test_features_are_the_encoders(run):
     images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), np.uint8)
     patches = ((images / 255 - 0.5) / 0.5).reshape(3, 4, 2, 4, 2).transpose(0, 1, 3, 2, 4).reshape(3, 16, 4)
     networks = pretrained.load(run, ["target_encoder"])
-    net = build_encoder(networks.model, grid=4)
+    net = build_encoder(networks.model, grid=(4, 4))
     expected = net.apply({"params": networks.params["target_encoder"]}, patches.astype(np.float32))
     np.testing.assert_allclose(encoder.patches(images), expected, atol=1e-5)
     np.testing.assert_allclose(encoder(images), np.asarray(expected).mean(1), atol=1e-5)
@@ -88,11 +88,11 @@ def test_features_are_the_encoders(run):
 
 @pytest.mark.parametrize(
     "images",
-    [np.zeros((2, 8, 8, 1)), np.zeros((2, 8, 8), np.uint8), np.zeros((2, 8, 6, 1), np.uint8), [1]],
-    ids=["float", "no channels", "not square", "list"],
+    [np.zeros((2, 8, 8, 1)), np.zeros((2, 8, 8), np.uint8), np.zeros((2, 8, 6, 3), np.uint8), [1]],
+    ids=["float", "no channels", "other channels", "list"],
 )
 def test_other_images_are_one_line(run, images):
-    with pytest.raises(UserError, match=r"images must be uint8 of shape \[B, S, S, 1\], got"):
+    with pytest.raises(UserError, match=r"images must be uint8 of shape \[B, H, W, 1\], got"):
         cjepa_jax.load(run)(images)
     with pytest.raises(UserError, match="has no head; "):
         cjepa_jax.load(run, "head")

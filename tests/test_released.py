@@ -36,7 +36,7 @@ def test_one_command_judges_a_released_file(tmp_path, monkeypatch, capsys):
     assert found.keys() == {"knn", "linear", "logistic", "attention"}
     assert (folder / "step0_target_encoder.attention.png").exists()
 
-    network = torch_ijepa.Encoder(width=192, depth=2, heads=3, hidden=60, grid=4, patch=8)
+    network = torch_ijepa.Encoder(width=192, depth=2, heads=3, hidden=60, grid=(4, 4), patch=8)
     network.load_state_dict({k.removeprefix("module."): x for k, x in content["target_encoder"].items()})
     features = {}
     with torch.inference_mode():

@@ -65,7 +65,8 @@ def checkpoint(tmp_path_factory):
     """A random encoder."""
     model = Model(size="16x1x2", patch_size=PATCH, init="fan_in", dtype="float32", layers="unrolled", remat="none")
     shape = (1, (SIDE // PATCH) ** 2, PATCH**2 * 3)
-    params = build_encoder(model, grid=SIDE // PATCH).init(jax.random.key(0), np.zeros(shape, np.float32))["params"]
+    encoder = build_encoder(model, grid=(SIDE // PATCH, SIDE // PATCH))
+    params = encoder.init(jax.random.key(0), np.zeros(shape, np.float32))["params"]
     networks = pretrained.Pretrained(model, None, SIDE, (0.5,) * 3, (0.25,) * 3, 7, {"target_encoder": params})
     path = epath.Path(tmp_path_factory.mktemp("runs")) / "run"
     pretrained.save(path, networks)
@@ -163,8 +164,8 @@ def test_own_masks_from_0_with_255_ignored_are_the_same(checkpoint, scenes, tmp_
     assert [*same["trained"]["IoU of classes"]["linear"].values()] == [*each.values()]
 
 
-@pytest.mark.parametrize("convolutions", [0, 2])
-def test_three_steps_equal_pytorchs(convolutions):
+@pytest.mark.parametrize("convolutions, grid", [(0, (4, 4)), (2, (4, 4)), (2, (2, 8))])
+def test_three_steps_equal_pytorchs(convolutions, grid):
     """Batch norm, head, bilinear upsampling, cross entropy and AdamW with its rates; and then the classes found."""
     rng = np.random.default_rng(1)
     batches = rng.normal(size=(3, 8, 16, 6)).astype(np.float32) * 3 + 1
@@ -187,13 +188,13 @@ def test_three_steps_equal_pytorchs(convolutions):
     rates = [0.02, 0.02 * 2 / 3, 0.02 / 3]
     for x, truth, rate in zip(batches, truths, rates, strict=True):
         adamw.param_groups[0]["lr"] = rate
-        maps = torch.tensor(x.transpose(0, 2, 1).reshape(8, 6, 4, 4))
+        maps = torch.tensor(x.transpose(0, 2, 1).reshape(8, 6, *grid))
         logits = torch.nn.functional.interpolate(network(norm(maps)), size=(10, 12), mode="bilinear")
         loss = torch.nn.functional.cross_entropy(logits, torch.tensor(truth.astype(np.int64)), ignore_index=-1)
         adamw.zero_grad()
         loss.backward()
         adamw.step()
-        state, value = heads.train_step(state, x, truth, head=head, optimizer=optimizer)
+        state, value = heads.train_step(state, x, truth, grid=grid, head=head, optimizer=optimizer)
         assert float(value) == pytest.approx(loss.item(), rel=1e-4)
     kernel = network[-1].weight.detach().numpy()[..., 0, 0].T
     np.testing.assert_allclose(state.params["Dense_0"]["kernel"], kernel, atol=1e-4)
@@ -201,10 +202,10 @@ def test_three_steps_equal_pytorchs(convolutions):
     seen = batches.reshape(-1, 6)
     normed = (batches[0] - seen.mean(axis=0)) / np.sqrt(seen.var(axis=0) + 1e-5)
     with torch.no_grad():
-        maps = network(torch.tensor(normed.transpose(0, 2, 1).reshape(8, 6, 4, 4)))
+        maps = network(torch.tensor(normed.transpose(0, 2, 1).reshape(8, 6, *grid)))
         logits = torch.nn.functional.interpolate(maps, size=(64, 20), mode="bilinear").numpy()
-    weights = (np.tile(heads.bilinear(size, 4), (8, 1, 1)) for size in (64, 20))
-    found = np.asarray(heads.predict(state, batches[0], *weights, head=head))
+    weights = (np.tile(heads.bilinear(*sizes), (8, 1, 1)) for sizes in zip((64, 20), grid, strict=True))
+    found = np.asarray(heads.predict(state, batches[0], *weights, grid=grid, head=head))
     best, second = np.sort(logits, axis=1)[:, ::-1][:, :2].transpose(1, 0, 2, 3)
     clear = best - second > 1e-3
     assert clear.mean() > 0.95

@@ -59,7 +59,9 @@ def model(size: str = "16x2x2", **changes) -> Model:
 @pytest.fixture(scope="module")
 def network(tmp_path_factory) -> epath.Path:
     """A checkpoint with a target encoder of random numbers and nothing else."""
-    encoder = jax.device_get(build_encoder(model(), grid=4).init(jax.random.key(7), jnp.zeros((1, 16, 4)))["params"])
+    encoder = jax.device_get(
+        build_encoder(model(), grid=(4, 4)).init(jax.random.key(7), jnp.zeros((1, 16, 4)))["params"]
+    )
     path = epath.Path(tmp_path_factory.mktemp("runs") / "network")
     pretrained.save(path, pretrained.Pretrained(model(), None, 8, (0.5,), (0.5,), 3, {"target_encoder": encoder}))
     return path
@@ -228,7 +230,7 @@ def test_the_folders_config_follows_checkpoint_and_batch(network):
     assert chosen.rate_scale == 0.25
     loaded = pretrained.load(network, ("target_encoder",))
     done = Supervised.resolve(chosen, "x", loaded._replace(mean=chosen.data.mean, std=chosen.data.std))
-    assert (done.data.image_size, done.model.size, done.model.patch_size) == (8, "16x2x2", 2)
+    assert (done.data.image_shape, done.model.size, done.model.patch_size) == ((8, 8), "16x2x2", 2)
     random = {"model": {"encoder": "random", "size": "16x2x2", "patch_size": 2}, "eval": {"every": 1}}
     scratch = parse(random | {"data": {"source": "digits", "image_size": 0}}, SupervisedConfig)
     with pytest.raises(UserError, match=r"data\.image_size = 0 follows the checkpoint --init, which is missing"):

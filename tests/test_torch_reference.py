@@ -45,9 +45,11 @@ SMALL_SPREAD = {"vicreg": {"gamma": 0.15}}  # what the hinge needs to be open an
 WEIGHT_0 = {"vicreg": {"weight": 0.0}}
 L2 = {"loss": {"kind": "l2"}}
 NO_OFFSET = {"optim": {"schedule_offset": 0}}  # as before the setting existed
+RECTANGLE = {"data": {"image_width": 48}, "mask": {"context_tokens": 48}}
 CASES = {
     "blocks-identity-corrected": (SMALL_SPREAD,),
     "blocks-mlp-released": (MLP, RELEASED),
+    "blocks-identity-corrected-rectangle": (SMALL_SPREAD, RECTANGLE),
     "context-identity-released": (CONTEXT_TARGET, RELEASED),
     "context-mlp-corrected": (CONTEXT_TARGET, MLP),
     "weight0-blocks-identity-corrected": (WEIGHT_0, SMALL_SPREAD, NO_OFFSET),
@@ -382,12 +384,13 @@ class Case:
     reference: Run
 
 
-def _images(random):
-    """[STEPS, BATCH, H, W, C] uint8: four noisy squares, so that images differ in their means too."""
-    squares = (
-        random.uniform(0, 255, (STEPS, BATCH, 2, 2, CHANNELS)).repeat(IMAGE // 2, axis=2).repeat(IMAGE // 2, axis=3)
+def _images(random, shape):
+    """[STEPS, BATCH, H, W, C] uint8: four noisy areas, so that images differ in their means too."""
+    height, width = shape
+    areas = (
+        random.uniform(0, 255, (STEPS, BATCH, 2, 2, CHANNELS)).repeat(height // 2, axis=2).repeat(width // 2, axis=3)
     )
-    return (squares + random.normal(0, 40, squares.shape)).clip(0, 255).astype(np.uint8)
+    return (areas + random.normal(0, 40, areas.shape)).clip(0, 255).astype(np.uint8)
 
 
 def _value(random, name, shape):
@@ -478,7 +481,7 @@ def one_torch_thread():
 def case(request):
     config = _config(*CASES[request.param])
     random = np.random.default_rng(0)
-    method, images = CJEPA(config), _images(random)
+    method, images = CJEPA(config), _images(random, config.data.image_shape)
     start = _start(method, random)
     ours, masks = _run_ours(method, start, images)
     reference = _run_reference(config, start, images, masks)

@@ -83,7 +83,7 @@ def _ijepa(weights):
     state = {
         "embeddings.patch_embeddings.projection.weight": torch.tensor(kernel),
         "embeddings.patch_embeddings.projection.bias": torch.tensor(weights["embed/bias"]),
-        "embeddings.position_embeddings": torch.tensor(sincos_positions(kernel.shape[0], GRID))[None],
+        "embeddings.position_embeddings": torch.tensor(sincos_positions(kernel.shape[0], (GRID, GRID)))[None],
     } | _affine_state(weights, "norm", "layernorm")
     for i in range(len(model.layers)):
         state |= {f"layers.{i}.{key}": x for key, x in _layer_state(_of_block(weights, f"block{i:02}")).items()}
@@ -106,7 +106,7 @@ def patches(images):
 
 @pytest.fixture(scope="module")
 def encoder():
-    return build_encoder(B_16, grid=GRID)
+    return build_encoder(B_16, grid=(GRID, GRID))
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ define_torchvision_operators()
 def positions_2d(width, grid):
     """[N, width] float64: the column in the first half of the channels, the row in the second."""
     table = []
-    for row, column in itertools.product(range(grid), repeat=2):
+    for row, column in itertools.product(*map(range, grid)):
         channels = []
         for position in (column, row):
             angles = [position / 10_000 ** (i / (width / 4)) for i in range(width // 4)]

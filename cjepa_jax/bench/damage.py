@@ -165,7 +165,7 @@ def measure(*, count: int, size: int, seed: int) -> tuple[str, list[str]]:
 
 def _ways(raw: bytes, size: int) -> dict[str, Callable[[], object]]:
     def crop(decoder: decode.Decoder) -> np.ndarray:
-        return decode.crop(raw, lambda w, h: (0, 0, w, h), size=size, channels=3, decoder=decoder)
+        return decode.crop(raw, lambda w, h: (0, 0, w, h), shape=(size, size), channels=3, decoder=decoder)
 
     return {
         "fast": lambda: crop("fast"),

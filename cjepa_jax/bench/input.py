@@ -126,7 +126,7 @@ class Bench:
             decode.crop(
                 self._source.records[index]["image"],
                 lambda width, height, box=box: box,  # type: ignore[misc]
-                size=self._size,
+                shape=(self._size, self._size),
                 channels=3,
                 decoder="fast",
             )

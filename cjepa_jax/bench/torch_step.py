@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 from torch import nn
 from torch.nn import functional as F
 
+from cjepa_jax.config import Grid
 from cjepa_jax.errors import require
 from cjepa_jax.interop.torch_names import ENCODER, PREDICTOR, to_torch
 from cjepa_jax.methods.cjepa import CJEPA
@@ -167,7 +168,7 @@ class TorchStep:
         return error.sum() / (weight.sum() * prediction.shape[-1]) + vicreg.weight * terms
 
 
-def _positions(width: int, grid: int) -> nn.Parameter:
+def _positions(width: int, grid: Grid) -> nn.Parameter:
     return nn.Parameter(torch.from_numpy(sincos_positions(width, grid)), requires_grad=False)
 
 

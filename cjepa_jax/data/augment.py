@@ -21,7 +21,7 @@ class Augmentation:
     """Describes the random crop of one view, and what is done to it."""
 
     crop_scale: tuple[float, float]  # random-resized crop: share of the image's area
-    crop_ratio: tuple[float, float]  # and its aspect ratio, drawn in log space
+    crop_ratio: tuple[float, float]  # and its aspect ratio, drawn in log space, in multiples of the result's
     flip: float = 0.0  # probability of a horizontal flip
     color: float = 0.0  # strength of SimCLR's colour distortion; 1 is SimCLR's own
     blur: float = 0.0  # probability of SimCLR's Gaussian blur

@@ -60,7 +60,7 @@ class Reader:
         try:
             record = self.source.read(index)
             pixels = decode.crops(
-                record["image"], choose_boxes, size=data.image_size, channels=data.channels, decoder=data.decoder
+                record["image"], choose_boxes, shape=data.image_shape, channels=data.channels, decoder=data.decoder
             )
         except decode.UnreadableError as error:
             self._remember(index, one_line(error))
@@ -84,9 +84,11 @@ def _random_views(
     reader: Reader, index: int, views: Sequence[Augmentation], rng: np.random.Generator
 ) -> tuple[list[decode.Crop], int | None]:
     """Draws the boxes of all views and then augments one crop after another. Raises as `Reader.crops` does."""
-    choose_boxes = [
-        functools.partial(decode.random_box, scale=view.crop_scale, ratio=view.crop_ratio, rng=rng) for view in views
-    ]
+    height, width = reader.data.image_shape
+    choose_boxes = []
+    for view in views:
+        low, high = (ratio * (width / height) for ratio in view.crop_ratio)
+        choose_boxes.append(functools.partial(decode.random_box, scale=view.crop_scale, ratio=(low, high), rng=rng))
     crops, label = reader.crops(index, choose_boxes)
     return [augment(crop, view, rng) for crop, view in zip(crops, views, strict=True)], label
 
@@ -173,8 +175,9 @@ def train_batches(
 
 
 def central_view(reader: Reader, *, crop_fraction: float) -> View:
-    """Returns a view of central crops, whose side is `crop_fraction` of the image's short side."""
-    choose_box = functools.partial(decode.central_box, fraction=crop_fraction)
+    """Returns a view of central crops, whose sides are `crop_fraction` of the largest crop of their shape."""
+    height, width = reader.data.image_shape
+    choose_box = functools.partial(decode.central_box, aspect=width / height, fraction=crop_fraction)
 
     def view(index: int) -> tuple[decode.Crop, int | None]:
         crops, label = reader.crops(index, [choose_box])
@@ -206,7 +209,7 @@ def labelled_batches(
     Raises UserError where too many images cannot be read, and StalledError where one does not come.
     """
     data, rows = reader.data, range(size) if rows is None else rows
-    nothing = np.zeros((data.image_size, data.image_size, data.channels), np.uint8), NO_IMAGE
+    nothing = np.zeros((*data.image_shape, data.channels), np.uint8), NO_IMAGE
 
     def one(position: int) -> tuple[np.ndarray, int | None]:
         if position < len(indices):

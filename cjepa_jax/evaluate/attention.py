@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, PyTree, UInt8
 from sklearn.decomposition import PCA
 
 from cjepa_jax import plots, pretrained
+from cjepa_jax.config import Grid
 from cjepa_jax.errors import nearest, require
 from cjepa_jax.evaluate.base import Evaluator, Rows
 from cjepa_jax.evaluate.features import encoder_for
@@ -92,16 +93,18 @@ class Attention(Evaluator):
         checkpoints = {"": frozen.origin.checkpoint} | ({OTHER: epath.Path(self.other)} if self.other else {})
         found = _encoders(frozen, checkpoints, names)
         encoders = [found[name] for name in names]
-        grid = encoders[0].encoder.grid
         query = _query_number(self.query, [shown.encoder.grid for shown in encoders])
         images = frozen.spread_images(self.images)
-        seen = images if query is None else _outlined(images, *self.query, patch_size=images.shape[1] // grid)
+        shape = images.shape[1:3]
+        patch_size = shape[0] // encoders[0].encoder.grid[0]
+        seen = images if query is None else _outlined(images, *self.query, patch_size=patch_size)
         maps, components, rows = {"image": seen}, {"image": images}, {}
         for shown in encoders:
             weights, found = jax.jit(functools.partial(_look, shown))(shown.params, images)
-            maps[shown.name] = jax.device_get(enlarged(attended(weights, query), image_size=images.shape[1]))
+            grid = shown.encoder.grid
+            maps[shown.name] = jax.device_get(enlarged(attended(weights, query), grid=grid, shape=shape))
             colours, shares = component_colours(jax.device_get(found))
-            components[shown.name] = colours.reshape(len(images), shown.encoder.grid, shown.encoder.grid, 3)
+            components[shown.name] = colours.reshape(len(images), *grid, 3)
             rows[shown.name.replace("\n", ", ")] = {
                 "entropy of attention / log N": float(entropy(weights)),
                 "variance of three components": sum(shares),
@@ -139,7 +142,7 @@ def _encoders(frozen: Frozen, checkpoints: Mapping[str, epath.Path], columns: Se
             channels == frozen.data.channels,
             f"checkpoint {path} wants images of {channels} channels, the first one of {frozen.data.channels}",
         )
-        encoder = encoder_for(networks.model, image_size=frozen.data.image_size, trained_size=networks.image_size)
+        encoder = encoder_for(networks.model, image_shape=frozen.data.image_shape, trained_shape=networks.image_shape)
         for name in names:
             title = f"{run}, step {networks.step}\n{kinds[name]}"
             require(title not in titles, f"{FLAG} {path} is the checkpoint itself; name another one")
@@ -158,20 +161,19 @@ def _run_names(workdirs: Sequence[epath.Path]) -> list[str]:
     return [str(workdir) for workdir in workdirs]
 
 
-def _query_number(query: Sequence[int], grids: Sequence[int]) -> int | None:
+def _query_number(query: Sequence[int], grids: Sequence[Grid]) -> int | None:
     """Gives the patch's number in raster order; None where the query is the mean over all."""
     if not query:
         return None
     row, column = query
-    grid = grids[0]
+    rows, columns = grids[0]
     require(
-        min(query) >= 0 and max(query) < grid,
-        f"attention.query = {tuple(query)} is no patch: rows and columns are 0 to {grid - 1}",
+        row < rows and column < columns,
+        f"attention.query = {tuple(query)} is no patch: rows are 0 to {rows - 1}, columns 0 to {columns - 1}",
     )
-    require(
-        len(set(grids)) == 1, f"attention.query: the checkpoints' grids differ, {min(grids)} and {max(grids)} patches"
-    )
-    return row * grid + column
+    lowest, highest = ("x".join(map(str, choose(grids))) for choose in (min, max))
+    require(lowest == highest, f"attention.query: the checkpoints' grids differ, {lowest} and {highest} patches")
+    return row * columns + column
 
 
 def _outlined(images: np.ndarray, row: int, column: int, *, patch_size: int) -> np.ndarray:
@@ -216,11 +218,10 @@ def attended(attention: Float[Array, "B heads N N"], query: int | None) -> Float
     return (rows.mean(axis=1) if query is None else rows[:, query]) * rows.shape[-1]
 
 
-def enlarged(maps: Float[Array, "B N"], *, image_size: int) -> Float[Array, "B H W"]:
-    """Enlarges maps of patches to maps of pixels, bilinearly; images are square."""
-    grid = round(maps.shape[-1] ** 0.5)
-    maps = rearrange(maps, "b (h w) -> b h w", w=grid)
-    return jax.image.resize(maps, (len(maps), image_size, image_size), "bilinear")
+def enlarged(maps: Float[Array, "B N"], *, grid: Grid, shape: tuple[int, int]) -> Float[Array, "B H W"]:
+    """Enlarges maps of a grid of patches to maps of the pixels of images of a shape, bilinearly."""
+    maps = rearrange(maps, "b (h w) -> b h w", h=grid[0])
+    return jax.image.resize(maps, (len(maps), *shape), "bilinear")
 
 
 def component_colours(features: np.ndarray) -> tuple[np.ndarray, list[float]]:

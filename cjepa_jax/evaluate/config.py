@@ -31,10 +31,13 @@ class Images:
     train_split: str | None = setting(None, "The images to learn from.")
     test_split: str | None = setting(None, "The images to judge by.")
     image_size: int | None = setting(
-        None, "Pixels a side; other ones than in training interpolate positions.", within="[1, 8192]"
+        None, "Pixels a side, or of height; other ones than in training interpolate positions.", within="[1, 8192]"
+    )
+    image_width: int | None = setting(
+        None, "Pixels of width, where image_size is only the height; 0: the images are square.", within="[0, 8192]"
     )
     crop_fraction: float | None = setting(
-        None, "Side of the central crop over the short side of the image.", within="[0.01, 1]"
+        None, "Side of the central crop over that of the largest one of its shape.", within="[0.01, 1]"
     )
     decoder: Literal["fast", "pillow"] | None = setting(None, "As in training.")
     batch_size: int = setting(
@@ -51,7 +54,9 @@ class RandomViews:
     """How random views are drawn, for linear.augment and the collapse report; ImageNet's usual crops by default."""
 
     crop_scale: tuple[float, float] = setting((0.08, 1.0), "Share of the image's area.", within="(0, 1]")
-    crop_ratio: tuple[float, float] = setting((3 / 4, 4 / 3), "Aspect ratio, drawn in log space.", within="[0.01, 100]")
+    crop_ratio: tuple[float, float] = setting(
+        (3 / 4, 4 / 3), "Aspect ratio, drawn in log space, in multiples of the result's.", within="[0.01, 100]"
+    )
     flip: float = setting(0.5, "Probability of a horizontal flip.", within="[0, 1]")
     color: float = setting(0.0, "Strength of SimCLR's colour distortion.", within="[0, 10]")
     blur: float = setting(0.0, "Probability of SimCLR's Gaussian blur.", within="[0, 1]")
@@ -90,7 +95,7 @@ def resolve(evaluation: Evaluation, saved: Mapping[str, Any]) -> tuple[config.Da
     Raises UserError for a setting that neither of them has.
     """
     data = evaluation.data
-    fallback = {"name": "", "data_dir": "", "crop_fraction": 0.875, "decoder": "fast"}
+    fallback = {"name": "", "data_dir": "", "crop_fraction": 0.875, "decoder": "fast", "image_width": 0}
 
     def find(key: str) -> Any:
         value = getattr(data, key)
@@ -100,7 +105,7 @@ def resolve(evaluation: Evaluation, saved: Mapping[str, Any]) -> tuple[config.Da
         require(value is not None, f"data.{key}: the checkpoint does not say it; give --config.data.{key}=...")
         return value
 
-    names = ("source", "name", "data_dir", "train_split", "test_split", "image_size", "decoder")
+    names = ("source", "name", "data_dir", "train_split", "test_split", "image_size", "image_width", "decoder")
     known = {key: find(key) for key in names} | dataclasses.asdict(evaluation.views)
     known |= {key: saved.get(f"data.{key}") for key in ("mean", "std")}
     known |= {"batch_size": max(2, data.batch_size), "threads": data.threads, "prefetch": 1}

@@ -83,9 +83,8 @@ def patch_features(frozen: Frozen, name: str) -> Callable[[Any, np.ndarray], np.
         patches = patchify(normalise(frames, mean=data.mean, std=data.std), model.patch_size)
         if name == PIXELS:
             return patches
-        square = encoder_for(model, image_size=frozen.trained_size, trained_size=frozen.trained_size)
         _, height, width, _ = frames.shape
-        encoder = square.clone(grid=height // model.patch_size, columns=width // model.patch_size)
+        encoder = encoder_for(model, image_shape=(height, width), trained_shape=frozen.trained_shape)
         return encoder.apply({"params": params}, patches)  # type: ignore[return-value]
 
     split = sharding.batch(frozen.mesh)

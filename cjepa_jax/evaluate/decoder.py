@@ -179,8 +179,8 @@ def _title(frozen: Frozen, name: str) -> str:
 
 def _extractor(frozen: Frozen, names: dict[str, Params]) -> Extractor:
     model, data = frozen.model, frozen.data
-    sizes = {"image_size": data.image_size, "trained_size": frozen.trained_size}
-    apply = patch_features(model, **sizes, mean=data.mean, std=data.std)
+    shapes = {"image_shape": data.image_shape, "trained_shape": frozen.trained_shape}
+    apply = patch_features(model, **shapes, mean=data.mean, std=data.std)
 
     def pixels(params: Params, images: UInt8[Array, "B H W C"]) -> Float[Array, "B N F"]:
         return patchify(images.astype(jnp.float32) / 255, model.patch_size)
@@ -221,5 +221,5 @@ def _decoded(
     features = np.asarray(jax.jit(apply)(params, images), np.float64)
     size = frozen.model.patch_size
     patches = (features @ decoder.kernel + decoder.bias).clip(0, 1)
-    grid = images.shape[1] // size
-    return rearrange(patches, "b (h w) (p q c) -> b (h p) (w q) c", h=grid, p=size, q=size)
+    rows = images.shape[1] // size
+    return rearrange(patches, "b (h w) (p q c) -> b (h p) (w q) c", h=rows, p=size, q=size)

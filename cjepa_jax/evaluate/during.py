@@ -63,7 +63,7 @@ class DuringTraining:
             check_labels(data, train.source, test.source)
         warn_of_same_images(data, train.source, test.source)
         layers = max((one.deepest for one in self._evaluators), default=1)
-        apply = mean_features(config.model, config.data, trained_size=config.data.image_size, layers=layers)
+        apply = mean_features(config.model, config.data, trained_shape=config.data.image_shape, layers=layers)
         encoders = dict.fromkeys((TRAINED, UNTRAINED, PARAMETERS, AVERAGE), apply) | {PIXELS: pixels}
         self._extractor = Extractor(encoders, mesh, batch_size=config.data.batch_size)
         self._whole = jax.jit(lambda params: params, out_shardings=sharding.replicated(mesh))
@@ -119,7 +119,7 @@ class DuringTraining:
             params={name: self._whole(tree) for name, tree in params.items()},  # jit would sort the names
             extractor=self._extractor,
             model=config.model,
-            trained_size=config.data.image_size,
+            trained_shape=config.data.image_shape,
             data=self._data,
             crop_fraction=config.eval.crop_fraction,
             images=config.eval.images,

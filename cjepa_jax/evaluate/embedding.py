@@ -32,13 +32,13 @@ class Embedder:
 
         Raises UserError where the patches do not divide the images.
         """
-        (params,), data, trained_size = networks.params.values(), reader.data, networks.image_size
+        (params,), data, trained = networks.params.values(), reader.data, networks.image_shape
         if patches:
             apply = patch_features(
-                networks.model, image_size=data.image_size, trained_size=trained_size, mean=data.mean, std=data.std
+                networks.model, image_shape=data.image_shape, trained_shape=trained, mean=data.mean, std=data.std
             )
         else:
-            apply = mean_features(networks.model, data, trained_size=trained_size)
+            apply = mean_features(networks.model, data, trained_shape=trained)
         mesh = sharding.make_mesh(Mesh(fsdp=1, parameters="replicated"))
         self._extractor = Extractor({"": apply}, mesh, batch_size=data.batch_size)
         self._params = {"": jax.device_put(params, sharding.replicated(mesh))}

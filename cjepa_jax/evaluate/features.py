@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-from cjepa_jax.config import Data, Model
+from cjepa_jax.config import Data, Model, grid_of, undivided
 from cjepa_jax.data import pipeline
 from cjepa_jax.errors import require
 from cjepa_jax.evaluate.sets import Labelled
@@ -22,32 +22,31 @@ from cjepa_jax.models.vit import Encoder, build_encoder, normalise, parse_size, 
 from cjepa_jax.train import sharding
 
 Params = Mapping[str, Any]
+Shape = tuple[int, int]  # height and width of images in pixels
 # Maps parameters and images to features.
 Apply = Callable[[Params, UInt8[Array, "B H W C"]], Float[Array, "B L D"]]
 
 
-def encoder_for(model: Model, *, image_size: int, trained_size: int) -> Encoder:
-    """Builds the encoder for images of any size; positions are interpolated where it is not that of training.
+def encoder_for(model: Model, *, image_shape: Shape, trained_shape: Shape) -> Encoder:
+    """Builds the encoder for images of any shape; positions are interpolated where it is not that of training.
 
-    Sizes are pixels a side. Raises UserError where the patches do not divide the images.
+    Raises UserError where the patches do not divide the images.
     """
-    require(
-        image_size % model.patch_size == 0,
-        f"data.image_size = {image_size} is not divisible by the encoder's patch size, {model.patch_size}",
-    )
-    grid, trained_grid = (size // model.patch_size for size in (image_size, trained_size))
+    side = undivided(image_shape, model.patch_size)
+    require(not side, f"{side} is not divisible by the encoder's patch size, {model.patch_size}")
+    grid, trained_grid = (grid_of(shape, model.patch_size) for shape in (image_shape, trained_shape))
     model = dataclasses.replace(model, layers="unrolled", remat="none")  # so that it sows what blocks give
     return build_encoder(model, grid=grid, trained_grid=trained_grid)
 
 
 def patch_features(
-    model: Model, *, image_size: int, trained_size: int, mean: Sequence[float], std: Sequence[float]
+    model: Model, *, image_shape: Shape, trained_shape: Shape, mean: Sequence[float], std: Sequence[float]
 ) -> Callable[[Params, UInt8[Array, "B H W C"]], Float[Array, "B N D"]]:
     """Returns a function that maps parameters and images to the features of their patches, in raster order, float32.
 
-    Sizes are pixels a side; mean and std are of each channel, as in training. Raises UserError as `encoder_for` does.
+    mean and std are of each channel, as in training. Raises UserError as `encoder_for` does.
     """
-    encoder = encoder_for(model, image_size=image_size, trained_size=trained_size)
+    encoder = encoder_for(model, image_shape=image_shape, trained_shape=trained_shape)
 
     def apply(params: Params, images: UInt8[Array, "B H W C"]) -> Float[Array, "B N D"]:
         patches = patchify(normalise(images, mean=mean, std=std), model.patch_size)
@@ -56,15 +55,15 @@ def patch_features(
     return apply
 
 
-def mean_features(model: Model, data: Data, *, trained_size: int, layers: int = 1) -> Apply:
+def mean_features(model: Model, data: Data, *, trained_shape: Shape, layers: int = 1) -> Apply:
     """Returns a function that averages the outputs of the last `layers` blocks over the patches: [B, layers, D].
 
     Each block's output goes through the encoder's final norm, as DINO's do, so that the last layer is the encoder's
     own output; whether I-JEPA norms the others is not known. Raises UserError where the encoder has fewer blocks.
     """
-    sizes = {"image_size": data.image_size, "trained_size": trained_size}
-    encoder = encoder_for(model, **sizes)
-    last = patch_features(model, **sizes, mean=data.mean, std=data.std)
+    shapes = {"image_shape": data.image_shape, "trained_shape": trained_shape}
+    encoder = encoder_for(model, **shapes)
+    last = patch_features(model, **shapes, mean=data.mean, std=data.std)
     depth = parse_size(model.size).depth
     require(layers <= depth, f"{layers} layers are asked for; the encoder has {depth}")
 
@@ -81,8 +80,8 @@ def mean_features(model: Model, data: Data, *, trained_size: int, layers: int = 
 
 def pixels(params: Params, images: UInt8[Array, "B H W C"]) -> Float[Array, "B 1 D"]:
     """Returns the images' values in [0, 1]; of sides longer than 32 pixels it takes every k-th one."""
-    stride = max(1, images.shape[1] // 32)
-    thinned = images[:, stride // 2 :: stride, stride // 2 :: stride]
+    rows, columns = (slice(k // 2, None, k) for side in images.shape[1:3] for k in [max(1, side // 32)])
+    thinned = images[:, rows, columns]
     return thinned.reshape(len(images), 1, -1).astype(jnp.float32) / 255
 
 
@@ -110,7 +109,7 @@ class Extractor:
         `params` are each encoder's parameters, whole on every device.
         """
         data = reader.data
-        shape = (self.size, data.image_size, data.image_size, data.channels)
+        shape = (self.size, *data.image_shape, data.channels)
         images = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=self._batch)
         labels = jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=self._batch)
         rows = sharding.local_rows(images)

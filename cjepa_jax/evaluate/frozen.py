@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -48,9 +49,9 @@ class Frozen:
     params: Mapping[str, Params]  # encoder's name -> its parameters, whole on every device; raw pixels have none
     extractor: Extractor  # knows the encoders by the same names
     model: Model
-    trained_size: int  # pixels a side of the images in training
+    trained_shape: tuple[int, int]  # height and width of the images in training, in pixels
     data: Data
-    crop_fraction: float  # side of the central crop over the short side of the image
+    crop_fraction: float  # side of the central crop over that of the largest one of its shape
     seed: int = 0
     images: int = 0  # of each split, at most: a random sample, which is always the same; 0: all
     heads: Mapping[str, Params] = dataclasses.field(default_factory=dict)  # encoder's name -> kernel [D, C], bias [C]
@@ -221,16 +222,16 @@ def from_checkpoint(
     workdir, saved = pretrained.describe(checkpoint)
     wanted = _networks(checkpoint, encoder, saved)
     networks = pretrained.load(checkpoint, [part for pair in wanted.values() for part in pair])
-    model, trained_size = networks.model, networks.image_size
-    built = encoder_for(model, image_size=data.image_size, trained_size=trained_size)
-    patches = jax.ShapeDtypeStruct((1, built.grid**2, model.patch_size**2 * data.channels), np.float32)
+    model, trained_shape = networks.model, networks.image_shape
+    built = encoder_for(model, image_shape=data.image_shape, trained_shape=trained_shape)
+    patches = jax.ShapeDtypeStruct((1, math.prod(built.grid), model.patch_size**2 * data.channels), np.float32)
     init = functools.partial(built.init, jax.random.key(seed))
     shapes = jax.eval_shape(init, patches)["params"]
     for part, *_ in wanted.values():
         pretrained.check(networks.params[part], shapes, f"checkpoint {checkpoint}: its {part}")
 
     mesh = sharding.make_mesh(Mesh(fsdp=1, parameters="replicated"))
-    apply = mean_features(model, data, trained_size=trained_size, layers=min(layers, parse_size(model.size).depth))
+    apply = mean_features(model, data, trained_shape=trained_shape, layers=min(layers, parse_size(model.size).depth))
     encoders: dict[str, Apply] = dict.fromkeys(wanted, apply)
     params: dict[str, Any] = {name: networks.params[part] for name, (part, *_) in wanted.items()}
     if baselines:
@@ -240,7 +241,7 @@ def from_checkpoint(
         params={name: jax.device_put(tree, sharding.replicated(mesh)) for name, tree in params.items()},
         extractor=Extractor(encoders, mesh, batch_size=data.batch_size),
         model=model,
-        trained_size=trained_size,
+        trained_shape=trained_shape,
         data=data,
         crop_fraction=crop_fraction,
         seed=seed,

@@ -149,7 +149,7 @@ class Linear(Evaluator):
                     for key in mine
                 },
             }
-        if stem is not None and 1 in depths and frozen.data.image_size == frozen.trained_size:
+        if stem is not None and 1 in depths and frozen.data.image_shape == frozen.trained_shape:
             key, path = f"{frozen.judged}, 1", stem.with_name(f"{stem.name}.linear")
             head = linear_grid.fold(probes[key], best[key] if self.augment else 0)
             results[frozen.judged]["exported"] = str(path)

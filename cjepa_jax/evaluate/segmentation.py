@@ -20,6 +20,7 @@ from matplotlib import colormaps
 from PIL import Image
 
 from cjepa_jax import plots
+from cjepa_jax.config import grid_of
 from cjepa_jax.data import pipeline
 from cjepa_jax.errors import require
 from cjepa_jax.evaluate import features, masks
@@ -145,6 +146,7 @@ class Segmentation(Evaluator):
     def _train(self, frozen: Frozen, encode: dict[str, Callable[..., jax.Array]]) -> States:
         """Trains all heads on the same batches; the features of a batch are there for its step only."""
         optimizer = heads.adamw(self.steps, learning_rate=self.learning_rate, weight_decay=self.weight_decay)
+        grid = grid_of(frozen.data.image_shape, frozen.model.patch_size)
         states: States = {}
         losses: dict[tuple[str, str], jax.Array] = {}
         batches = zip(range(self.steps), self._batches(frozen), strict=False)
@@ -160,7 +162,7 @@ class Segmentation(Evaluator):
                         state = heads.init(head, width=found.shape[-1], optimizer=optimizer, rng=rng)
                         states[name, kind] = jax.device_put(state, sharding.replicated(frozen.mesh))
                     states[name, kind], losses[name, kind] = heads.train_step(
-                        states[name, kind], found, truth, head=head, optimizer=optimizer
+                        states[name, kind], found, truth, grid=grid, head=head, optimizer=optimizer
                     )
         for (name, kind), value in losses.items():
             require(
@@ -171,9 +173,9 @@ class Segmentation(Evaluator):
         return states
 
     def _batches(self, frozen: Frozen) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yields images [B, S, S, C] uint8 and their classes [B, S, S] int16 without end, in a fixed random order."""
+        """Yields images [B, H, W, C] uint8 and their classes [B, H, W] int16 without end, in a fixed random order."""
         pairs, size = masks.find(self.data_dir, "training"), self._size(frozen)
-        load = _LoadAndFlip(pairs, self._values, frozen.data.image_size, frozen.data.channels)
+        load = _LoadAndFlip(pairs, self._values, frozen.data.image_shape[::-1], frozen.data.channels)
         indices = grain.MapDataset.range(len(pairs)).seed(frozen.seed).shuffle().repeat()
         options = grain.ReadOptions(num_threads=pipeline.threads(frozen.data), prefetch_buffer_size=2 * size)
         return iter(indices.random_map(load).to_iter_dataset(options).batch(size))
@@ -186,12 +188,12 @@ class Segmentation(Evaluator):
         pairs: list[masks.Pair],
     ) -> Iterator[tuple[np.ndarray, dict[tuple[str, str], np.ndarray], np.ndarray]]:
         """Yields of each pair the classes [H, W], those found by (encoder, head), and the image as it was encoded."""
-        size, side = self._size(frozen), frozen.data.image_size
-        grid = side // frozen.model.patch_size
+        size, shape = self._size(frozen), frozen.data.image_shape
+        grid = grid_of(shape, frozen.model.patch_size)
         everywhere = sharding.batch(frozen.mesh)
 
         def load(i: int) -> tuple[np.ndarray, np.ndarray]:
-            image = masks.read_frame(pairs[i].image, (side, side), frozen.data.channels)
+            image = masks.read_frame(pairs[i].image, shape[::-1], frozen.data.channels)
             return image, masks.read_classes(pairs[i].mask, self._values)
 
         options = grain.ReadOptions(num_threads=pipeline.threads(frozen.data), prefetch_buffer_size=2 * size)
@@ -200,12 +202,12 @@ class Segmentation(Evaluator):
             images, truths = zip(*batch, strict=True)
             # What fills up the batch, and the images to one size, is nothing.
             height, width = (max(math.ceil(n / _ROUND_TO) * _ROUND_TO for n in sides) for sides in _sides(truths))
-            rows, columns = np.zeros((size, height, grid), np.float32), np.zeros((size, width, grid), np.float32)
+            rows, columns = (np.zeros((size, *sides), np.float32) for sides in zip((height, width), grid, strict=True))
             padded = np.zeros((size, *images[0].shape), np.uint8)
             for i, (image, truth) in enumerate(zip(images, truths, strict=True)):
                 padded[i] = image
-                rows[i, : truth.shape[0]] = heads.bilinear(truth.shape[0], grid)
-                columns[i, : truth.shape[1]] = heads.bilinear(truth.shape[1], grid)
+                rows[i, : truth.shape[0]] = heads.bilinear(truth.shape[0], grid[0])
+                columns[i, : truth.shape[1]] = heads.bilinear(truth.shape[1], grid[1])
             padded, rows, columns = jax.device_put((padded, rows, columns), everywhere)
             found: dict[tuple[str, str], Any] = {}
             for name, params in frozen.params.items():
@@ -213,7 +215,7 @@ class Segmentation(Evaluator):
                 for kind, convolutions in _CONVOLUTIONS.items():
                     head = heads.Head(self.classes, convolutions)
                     found[name, kind] = jax.device_get(
-                        heads.predict(states[name, kind], seen, rows, columns, head=head)
+                        heads.predict(states[name, kind], seen, rows, columns, grid=grid, head=head)
                     )
             for i, (image, truth) in enumerate(zip(images, truths, strict=True)):
                 y, x = truth.shape
@@ -226,18 +228,18 @@ def _sides(truths: tuple[np.ndarray, ...]) -> tuple[list[int], list[int]]:
 
 @dataclasses.dataclass(frozen=True)
 class _LoadAndFlip(grain.transforms.RandomMap):
-    """Maps the number of a pair to its image [S, S, C] and classes [S, S], as a whole, mirrored half of the times."""
+    """Maps the number of a pair to its image [H, W, C] and classes [H, W], as a whole, mirrored half of the times."""
 
     pairs: list[masks.Pair]
     values: masks.Values
-    side: int
+    size: tuple[int, int]  # width and height
     channels: int
 
     def random_map(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         pair = self.pairs[index]
-        image = masks.read_frame(pair.image, (self.side, self.side), self.channels)
+        image = masks.read_frame(pair.image, self.size, self.channels)
         classes = Image.fromarray(masks.read_classes(pair.mask, self.values).astype(np.int32))
-        truth = np.asarray(classes.resize((self.side, self.side), Image.Resampling.NEAREST)).astype(np.int16)
+        truth = np.asarray(classes.resize(self.size, Image.Resampling.NEAREST)).astype(np.int16)
         flip = slice(None, None, -1 if rng.random() < 0.5 else 1)
         return np.ascontiguousarray(image[:, flip]), np.ascontiguousarray(truth[:, flip])
 
@@ -245,7 +247,7 @@ class _LoadAndFlip(grain.transforms.RandomMap):
 def _encoder(frozen: Frozen, name: str) -> Callable[..., jax.Array]:
     """Makes a function of parameters and images that gives the features of patches [B, N, D], or their pixels."""
     model, data = frozen.model, frozen.data
-    options = {"image_size": data.image_size, "trained_size": frozen.trained_size}
+    options = {"image_shape": data.image_shape, "trained_shape": frozen.trained_shape}
     apply = features.patch_features(model, **options, mean=data.mean, std=data.std)
     if name == PIXELS:
 

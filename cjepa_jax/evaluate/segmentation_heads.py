@@ -14,6 +14,7 @@ import optax
 from einops import rearrange
 from jaxtyping import Array, Float, Int, PyTree
 
+from cjepa_jax.config import Grid
 from cjepa_jax.evaluate.linear_grid import EPS, Norm
 
 WARMUP = 0.0375  # share of the steps: 1,500 of 40,000, as in DINOv2
@@ -74,8 +75,8 @@ def _heightened(maps: Float[Array, "B h W C"], rows: Float[Array, "B H h"]) -> F
     return jnp.einsum("bhxc,byh->byxc", maps, rows, precision="highest")
 
 
-def _square(features: Float[Array, "B N D"]) -> Float[Array, "B h w D"]:
-    return rearrange(features, "b (h w) d -> b h w d", h=round(features.shape[1] ** 0.5))
+def _maps(features: Float[Array, "B N D"], grid: Grid) -> Float[Array, "B h w D"]:
+    return rearrange(features, "b (h w) d -> b h w d", h=grid[0])
 
 
 def loss(
@@ -91,12 +92,13 @@ def loss(
     return jnp.where(counted, losses, 0).sum() / jnp.maximum(counted.sum(), 1).astype(jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("head", "optimizer"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("grid", "head", "optimizer"), donate_argnames="state")
 def train_step(
     state: State,
     features: Float[Array, "B N D"],
     truth: Int[Array, "B H W"],
     *,
+    grid: Grid,
     head: Head,
     optimizer: optax.GradientTransformation,
 ) -> tuple[State, Float[Array, ""]]:
@@ -104,20 +106,21 @@ def train_step(
     count = jnp.float32(features.shape[0] * features.shape[1])
     mean = features.mean(axis=(0, 1))
     squares = jnp.square(features - mean[None, None]).sum(axis=(0, 1))
-    normalised = _square((features - mean[None, None]) * jax.lax.rsqrt(squares / count + EPS)[None, None])
+    normalised = _maps((features - mean[None, None]) * jax.lax.rsqrt(squares / count + EPS)[None, None], grid)
     value, grads = jax.value_and_grad(loss)(state.params, head, normalised, truth)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes floats and integers
         updates, moments = optimizer.update(grads, state.moments, state.params)
     return State(optax.apply_updates(state.params, updates), state.norm.joined(count, mean, squares), moments), value
 
 
-@functools.partial(jax.jit, static_argnames="head")
+@functools.partial(jax.jit, static_argnames=("grid", "head"))
 def predict(
     state: State,
     features: Float[Array, "B N D"],
     rows: Float[Array, "B H h"],
     columns: Float[Array, "B W w"],
     *,
+    grid: Grid,
     head: Head,
 ) -> Int[Array, "B H W"]:
     """Finds the class of each pixel of images that are enlarged by weights of `bilinear`; int16.
@@ -126,7 +129,7 @@ def predict(
     """
     norm = state.norm
     scale = jax.lax.rsqrt(norm.squares / norm.images + EPS)
-    normalised = _square((features - norm.mean[None, None]) * scale[None, None])
+    normalised = _maps((features - norm.mean[None, None]) * scale[None, None], grid)
     maps = _widened(cast(jax.Array, head.apply({"params": state.params}, normalised)), columns)
 
     def some(rows: Float[Array, "B r h"]) -> Int[Array, "B r W"]:

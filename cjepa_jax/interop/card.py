@@ -45,7 +45,7 @@ class Run(NamedTuple):
 
     @property
     def crop_fraction(self) -> float:
-        """Returns the side of the central crop that is evaluated, over the short side of the image."""
+        """Returns the side of the central crop that is evaluated, over that of the largest one of its shape."""
         return parse_flat({"eval.crop_fraction": self.config.get("eval.crop_fraction")}, Eval, "eval.").crop_fraction
 
 
@@ -134,7 +134,13 @@ def readme(networks: Pretrained, run: Run) -> str:
     size, patch = networks.model.size, networks.model.patch_size
     head = "head" in networks.params
     millions = sum(x.size for x in jax.tree.leaves(networks.params)) / 1e6
-    pixels, width = networks.image_size, parse_size(size).width
+    (rows, columns), width = networks.grid, parse_size(size).width
+    pixels, note = " x ".join(map(str, networks.image_shape)), ""
+    if not networks.is_square:
+        pixels += " (height x width)"
+        note = """
+The image processor resizes the short side and crops the centre: crop an image of another aspect ratio before.
+"""
     name = size if "x" in size else f"ViT-{size}"
     what = f"a classifier of {len(networks.params['head']['bias'])} classes" if head else "an encoder"
     text = f"""---
@@ -147,12 +153,12 @@ tags:
 
 # {name}/{patch} of {run.source}
 
-A Vision Transformer without class token, {what} of {millions:.2f} M parameters for images of {pixels} x {pixels}
+A Vision Transformer without class token, {what} of {millions:.2f} M parameters for images of {pixels}
 pixels, written by cjepa_jax from the {run.encoder.replace("_", " ")}{_when(networks)}.
-The last hidden state holds {(pixels // patch) ** 2} patch features of {width} numbers, after the final LayerNorm; the
+The last hidden state holds {rows * columns} patch features of {width} numbers, after the final LayerNorm; the
 feature of an image is their mean. Normalisation: mean {_numbers(networks.mean)}, standard deviation
 {_numbers(networks.std)}.
-"""
+{note}"""
     settings = [(key, run.config[key]) for key in _SETTINGS if run.config.get(key, "") != ""]
     trained = "optim.epochs" in run.config
     text += "\n## Training\n\n"

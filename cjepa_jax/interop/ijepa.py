@@ -86,7 +86,16 @@ def _names(network: str) -> torch_names.Names:
 
 
 def write(path: pathlib.Path, networks: Pretrained) -> None:
-    """Writes encoder, predictor, target_encoder and epoch; an encoder that is alone is written as both encoders."""
+    """Writes encoder, predictor, target_encoder and epoch; an encoder that is alone is written as both encoders.
+
+    Raises UserError for networks of images that are not square, which the release's networks cannot be.
+    """
+    height, width = networks.image_shape
+    require(
+        networks.is_square,
+        f"--format=ijepa is for square images only, and those of --input are {height} pixels high and {width} wide: "
+        "--format=orbax, timm and transformers can hold it",
+    )
     torch = _torch()
     content: dict[str, Any] = {}
     for network, params in networks.params.items():

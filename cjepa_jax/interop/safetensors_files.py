@@ -78,6 +78,8 @@ def merge_options(path: epath.Path, options: ImportOptions, known: Mapping[str, 
         numbers = (value,) if key == "num_heads" else value
         are_numbers = isinstance(numbers, tuple) and all(type(x) in (int, float) for x in numbers)
         require(are_numbers, f"--input {path} is damaged: it says {key} = {str(value)[:100]}")
+        are_sizes = key != "image_size" or (len(numbers) == 2 and all(type(x) is int and x > 0 for x in numbers))
+        require(are_sizes, f"--input {path} is damaged: it says {key} = {str(value)[:100]}, no height and width")
         said = getattr(options, key)
         flag = key.replace("_", "-")
         require(said in (None, value), f"--{flag} = {said}, but --input {path} says {value}: leave the flag out")

@@ -32,6 +32,7 @@ class ImportOptions(NamedTuple):
     num_heads: int | None = None  # by default, the size table's for the width
     mean: tuple[float, ...] | None = None  # by default, ImageNet's
     std: tuple[float, ...] | None = None
+    image_size: tuple[int, int] | None = None  # height and width, which only a file can say; by default, a square
 
 
 class OpenedCheckpoint(NamedTuple):
@@ -112,13 +113,12 @@ def positions(params: PyTree, names: Names, networks: Pretrained) -> dict[str, F
     """Returns the position embedding of one network by its name, or an empty dict where it has none."""
     if not names.positions:
         return {}
-    grid = networks.image_size // networks.model.patch_size
-    return {names.positions: sincos_positions(params["embed"]["bias"].size, grid)[None]}
+    return {names.positions: sincos_positions(params["embed"]["bias"].size, networks.grid)[None]}
 
 
 def _describe(file: str, tensors: Tensors, names: Names, options: ImportOptions) -> dict[str, Any]:
     """Reads the encoder's flat settings off the shapes of its tensors."""
-    width, depth, hidden, grid = _outline(file, tensors, names)
+    width, depth, hidden, count = _outline(file, tensors, names)
     channels, patch = _shape(file, tensors, tensor_names("embed/kernel", names)[0], 4)[1:3]
     size = _size(file, width, depth, hidden, options.num_heads)
     mean, std = options.mean or IMAGENET_MEAN, options.std or IMAGENET_STD
@@ -126,21 +126,27 @@ def _describe(file: str, tensors: Tensors, names: Names, options: ImportOptions)
         len(mean) == len(std) == channels,
         f"{file}: images have {channels} channels; give --mean and --std with as many numbers",
     )
-    settings: dict[str, Any] = {"data.image_size": grid * patch, "data.mean": mean, "data.std": std}
+    height, image_width = options.image_size or 2 * (math.isqrt(count) * patch,)
+    if options.image_size is None:
+        require(height**2 == count * patch**2, f"{file}: {names.positions} has {count} positions, which are no square")
+    require(
+        height % patch == image_width % patch == 0 and height * image_width == count * patch**2,
+        f"{file} is damaged: images of {height} x {image_width} pixels do not have {count} patches of {patch} pixels",
+    )
+    settings: dict[str, Any] = {"data.image_size": height, "data.mean": mean, "data.std": std}
+    settings |= {} if image_width == height else {"data.image_width": image_width}
     return settings | {"model.size": size, "model.patch_size": patch, "model.init": "normal", "model.dtype": "float32"}
 
 
 def _outline(file: str, tensors: Tensors, names: Names) -> tuple[int, int, int, int]:
-    """Reads the width, the depth, the MLP's width and the grid of an encoder or a predictor off its tensors."""
+    """Reads the width, the depth, the MLP's width and the number of patches of an encoder or a predictor."""
     width = _shape(file, tensors, tensor_names("embed/bias", names)[0], 1)[0]
     hidden = _shape(file, tensors, tensor_names("block00/fc1/bias", names)[0], 1)[0]
     blocks = {name.removeprefix(names.blocks).split(".")[0] for name in tensors if name.startswith(names.blocks)}
     positions = _shape(file, tensors, names.positions, 3)
-    grid = math.isqrt(positions[1])
-    require(grid**2 == positions[1], f"{file}: {names.positions} has {positions[1]} positions, which are no square")
-    wanted = (1, grid**2, width)  # before an embedding of this size is computed to compare with
+    wanted = (1, positions[1], width)  # before an embedding of this size is computed to compare with
     require(positions == wanted, f"{file}: {names.positions} is {positions}, and should be {wanted}")
-    return width, len(blocks), hidden, grid
+    return width, len(blocks), hidden, positions[1]
 
 
 def _shape(file: str, tensors: Tensors, name: str, rank: int) -> tuple[int, ...]:

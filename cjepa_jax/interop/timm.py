@@ -14,6 +14,8 @@ from cjepa_jax.interop.tensors import ImportOptions, OpenedCheckpoint, class_cou
 from cjepa_jax.models.vit import parse_size
 from cjepa_jax.pretrained import Pretrained
 
+_SAID = ("num_heads", "mean", "std", "classes")  # in the metadata
+
 
 def open_file(path: epath.Path, options: ImportOptions) -> OpenedCheckpoint:
     """Opens a safetensors file. Raises UserError for a damaged file, and for one of another kind."""
@@ -21,9 +23,7 @@ def open_file(path: epath.Path, options: ImportOptions) -> OpenedCheckpoint:
     if any(name.startswith(("embeddings.", "ijepa.")) for name in tensors):
         raise UserError(f"--input {path} is part of a folder of transformers: name the folder, {path.parent}")
     try:
-        known: dict[str, Any] = {
-            key: json.loads(metadata[key]) for key in ("num_heads", "mean", "std", "classes") if key in metadata
-        }
+        known: dict[str, Any] = {key: json.loads(metadata[key]) for key in (*_SAID, "image_size") if key in metadata}
     except (ValueError, RecursionError) as error:
         raise UserError(f"--input {path} is damaged: its metadata cannot be read ({one_line(error)})") from None
     classes = known.pop("classes", ())
@@ -33,9 +33,13 @@ def open_file(path: epath.Path, options: ImportOptions) -> OpenedCheckpoint:
 
 
 def write(path: pathlib.Path, networks: Pretrained) -> None:
-    """Writes the tensors, and as metadata what they do not say: heads, mean, standard deviation and classes."""
-    metadata = {"num_heads": parse_size(networks.model.size).heads}
-    metadata |= {key: getattr(networks, key) for key in ("mean", "std", "classes")}
+    """Writes the tensors, and as metadata what they do not say.
+
+    That is heads, mean, standard deviation, classes, and, of images that are not square, height and width.
+    """
+    metadata: dict[str, Any] = {"num_heads": parse_size(networks.model.size).heads}
+    metadata |= {key: getattr(networks, key) for key in _SAID[1:]}
+    metadata |= {} if networks.is_square else {"image_size": networks.image_shape}
     tensors: dict[str, np.ndarray] = {}
     for network, params in networks.params.items():
         names = torch_names.TIMM_HEAD if network == "head" else torch_names.ENCODER
@@ -46,7 +50,8 @@ def write(path: pathlib.Path, networks: Pretrained) -> None:
 def call(networks: Pretrained, path: str) -> str:
     """Returns the line of Python that loads the file at `path` into a timm model with the settings of ours."""
     size = parse_size(networks.model.size)
-    settings: dict[str, Any] = {"img_size": networks.image_size, "patch_size": networks.model.patch_size}
+    sides = networks.image_size if networks.is_square else networks.image_shape
+    settings: dict[str, Any] = {"img_size": sides, "patch_size": networks.model.patch_size}
     settings |= {"in_chans": len(networks.mean), "embed_dim": size.width, "depth": size.depth, "num_heads": size.heads}
     settings |= {} if size.mlp_ratio == 4 else {"mlp_ratio": size.mlp_ratio}
     settings |= {"num_classes": class_count(networks), "checkpoint_path": path}

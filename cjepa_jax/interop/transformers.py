@@ -38,6 +38,8 @@ def open_folder(path: epath.Path, options: ImportOptions) -> OpenedCheckpoint:
     images = read_json(preprocessor) if preprocessor.exists() else {}
     known = {"num_heads": config.get("num_attention_heads", 12)}
     known |= {key: images[f"image_{key}"] for key in ("mean", "std") if f"image_{key}" in images}
+    # One number is the side of a square, which the tensors say, too.
+    known |= {"image_size": sides} if isinstance(sides := config.get("image_size"), list) else {}
     tensors, _ = safetensors_files.read(path, sorted(path.glob("*.safetensors")))
     tensors = {name.removeprefix("ijepa."): x for name, x in tensors.items()}
     labels = config.get("id2label", {})
@@ -77,7 +79,7 @@ def _config(networks: Pretrained) -> dict[str, Any]:
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         "layer_norm_eps": LAYER_NORM_EPS,
-        "image_size": networks.image_size,
+        "image_size": networks.image_size if networks.is_square else networks.image_shape,
         "patch_size": networks.model.patch_size,
         "num_channels": len(networks.mean),
         "qkv_bias": True,
@@ -91,16 +93,18 @@ def _config(networks: Pretrained) -> dict[str, Any]:
 def _preprocessor(networks: Pretrained, run: card.Run) -> dict[str, Any]:
     """Returns settings that prepare an image as evaluation does: the short side is resized, then the centre is cropped.
 
-    The image processor is CLIP's, because ViTImageProcessor would not crop.
+    Where the networks' images are not square, that is so for images of their aspect ratio. The image processor is
+    CLIP's, because ViTImageProcessor would not crop.
     """
+    height, width = networks.image_shape
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": len(networks.mean) == 3,
         "do_resize": True,
-        "size": {"shortest_edge": round(networks.image_size / run.crop_fraction)},
+        "size": {"shortest_edge": round(min(height, width) / run.crop_fraction)},
         "resample": 2,  # bilinear
         "do_center_crop": True,
-        "crop_size": {"height": networks.image_size, "width": networks.image_size},
+        "crop_size": {"height": height, "width": width},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,

@@ -4,6 +4,7 @@ Shapes: B images, N patches, M target blocks, K_c context and K_t target tokens,
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple, cast
@@ -15,7 +16,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, PyTree, UInt8, UInt32
 
 from cjepa_jax.batch import Batch
-from cjepa_jax.config import Config
+from cjepa_jax.config import Config, undivided
 from cjepa_jax.errors import require
 from cjepa_jax.methods import losses, sigreg
 from cjepa_jax.methods.base import Method, Metrics, Outputs, Panels, Params, Transformer, keep
@@ -75,8 +76,9 @@ class CJEPA(Method):
     }
 
     def __post_init__(self):
-        size, patch = self.config.data.image_size, self.config.model.patch_size
-        require(size % patch == 0, f"model.patch_size = {patch} does not divide data.image_size = {size}")
+        patch = self.config.model.patch_size
+        side = undivided(self.config.data.image_shape, patch)
+        require(not side, f"model.patch_size = {patch} does not divide {side}")
         target_tokens(self.config.mask, self.config.grid)
         _ = self.encoder, self.predictor
 
@@ -109,7 +111,7 @@ class CJEPA(Method):
             jnp.ones((1, config.mask.targets, 1), bool),
         )
         return {
-            "encoder": self.encoder.init(rng_encoder, jnp.zeros((1, config.grid**2, values)))["params"],
+            "encoder": self.encoder.init(rng_encoder, jnp.zeros((1, math.prod(config.grid), values)))["params"],
             "predictor": self.predictor.init(rng_predictor, jnp.zeros((1, 1, width)), masks)["params"],
             "projector": self.projector.init(rng_projector, jnp.zeros((2, width))).get("params", {}),
         }
@@ -199,7 +201,7 @@ class CJEPA(Method):
     def transformers(self) -> dict[str, Transformer]:
         """Lists context encoder, target encoder and predictor."""
         config, size = self.config, parse_size(self.config.model.size)
-        mask, predictor, patches = config.mask, config.predictor, config.grid**2
+        mask, predictor, patches = config.mask, config.predictor, math.prod(config.grid)
         values = config.model.patch_size**2 * config.data.channels
         hidden, kept = target_tokens(mask, config.grid), context_tokens(mask, config.grid)
         ends = 2 * size.width * predictor.width * (kept + mask.targets * hidden)

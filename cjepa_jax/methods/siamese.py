@@ -5,6 +5,7 @@ Shapes: B images of the global batch, V views of each, N patches, D encoder widt
 
 import abc
 import dataclasses
+import math
 from functools import cached_property
 from typing import cast
 
@@ -15,7 +16,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, PyTree
 
 from cjepa_jax.batch import Batch
-from cjepa_jax.config import Config
+from cjepa_jax.config import Config, undivided
 from cjepa_jax.data.augment import Augmentation
 from cjepa_jax.errors import require
 from cjepa_jax.methods.base import Inputs, Method, Outputs, Params, Transformer
@@ -72,8 +73,9 @@ class Siamese(Method):
     config: SiameseConfig
 
     def __post_init__(self):
-        size, patch = self.config.data.image_size, self.config.model.patch_size
-        require(size % patch == 0, f"model.patch_size = {patch} does not divide data.image_size = {size}")
+        patch = self.config.model.patch_size
+        side = undivided(self.config.data.image_shape, patch)
+        require(not side, f"model.patch_size = {patch} does not divide {side}")
         _ = self.encoder
 
     @cached_property
@@ -103,7 +105,7 @@ class Siamese(Method):
         values = self.config.model.patch_size**2 * self.config.data.channels
         pooled = jnp.zeros((2, self.encoder.size.width))
         return {
-            "encoder": self.encoder.init(rng_encoder, jnp.zeros((1, self.config.grid**2, values)))["params"],
+            "encoder": self.encoder.init(rng_encoder, jnp.zeros((1, math.prod(self.config.grid), values)))["params"],
             "projector": self.projector.init(rng_projector, pooled).get("params", {}),
         }
 
@@ -128,6 +130,6 @@ class Siamese(Method):
 
     def transformers(self) -> dict[str, Transformer]:
         """Lists the encoder, which runs once for each view."""
-        size, tokens, views = parse_size(self.config.model.size), self.config.grid**2, len(self.views)
+        size, tokens, views = parse_size(self.config.model.size), math.prod(self.config.grid), len(self.views)
         values = self.config.model.patch_size**2 * self.config.data.channels
         return {"encoder": Transformer(views, tokens, *size, False, True, 2 * values * size.width * tokens * views)}

@@ -4,6 +4,7 @@ Shapes: B images, N patches, D encoder width, L classes.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple, cast
@@ -14,7 +15,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from cjepa_jax.batch import Batch
-from cjepa_jax.config import Config, Data, Eval, Model, Optim
+from cjepa_jax.config import Config, Data, Eval, Model, Optim, undivided
 from cjepa_jax.data.augment import Augmentation
 from cjepa_jax.data.randaugment import RandAugment
 from cjepa_jax.errors import require
@@ -30,7 +31,15 @@ _HEAD_STD = 2e-5  # MAE's
 class TunedData(Data):
     """Where images come from and how they are cropped."""
 
-    image_size: int = setting(224, "Pixels a side after cropping; 0: as the checkpoint has it.", within="[0, 8192]")
+    image_size: int = setting(
+        224, "Pixels a side after cropping, or of height; 0: as the checkpoint has it.", within="[0, 8192]"
+    )
+    image_width: int = setting(
+        0,
+        "Pixels of width, where image_size is only the height; 0: the images are square, or, where image_size is 0, as "
+        "the checkpoint has them.",
+        within="[0, 8192]",
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,8 +134,9 @@ class Supervised(Method):
     }
 
     def __post_init__(self):
-        size, patch = self.config.data.image_size, self.config.model.patch_size
-        require(size % patch == 0, f"data.image_size = {size} is not divisible by the checkpoint's patch size, {patch}")
+        patch = self.config.model.patch_size
+        side = undivided(self.config.data.image_shape, patch)
+        require(not side, f"{side} is not divisible by the checkpoint's patch size, {patch}")
         _ = self.encoder
 
     @cached_property
@@ -152,13 +162,13 @@ class Supervised(Method):
     def init(self, rng: jax.Array) -> Params:
         """Draws the encoder, and a head {"kernel" [D, L], "bias" [L]}."""
         rng_encoder, rng_head = jax.random.split(rng)
-        grid, width = self.encoder.grid, self.encoder.size.width
+        width, patches = self.encoder.size.width, math.prod(self.encoder.grid)
         values = self.config.model.patch_size**2 * self.config.data.channels
         head = {
             "kernel": _HEAD_STD * jax.random.normal(rng_head, (width, self.classes)),
             "bias": jnp.zeros(self.classes),
         }
-        return {"encoder": self.encoder.init(rng_encoder, jnp.zeros((1, grid**2, values)))["params"], "head": head}
+        return {"encoder": self.encoder.init(rng_encoder, jnp.zeros((1, patches, values)))["params"], "head": head}
 
     def prepare(self, batch: Batch, rng: jax.Array) -> MixedImages:
         """Erases, mixes and smooths; draws which images skip which branches."""
@@ -227,7 +237,10 @@ class Supervised(Method):
             given, wanted = getattr(config.data, key), getattr(networks, key)
             require(given == wanted, f"data.{key} = {given}, but --init {path} was trained with {wanted}")
         taken = {key: getattr(networks.model, key) for key in ("size", "patch_size", "init")}
-        data = dataclasses.replace(config.data, image_size=config.data.image_size or networks.image_size)
+        data = config.data
+        if data.image_size == 0:
+            height, width = networks.image_size, data.image_width or networks.image_width
+            data = dataclasses.replace(data, image_size=height, image_width=width)
         return dataclasses.replace(config, data=data, model=dataclasses.replace(model, **taken))
 
     def start_from(self, networks: Params) -> tuple[Params, Params]:
@@ -237,7 +250,7 @@ class Supervised(Method):
 
     def transformers(self) -> dict[str, Transformer]:
         """Lists the encoder, the only stack of blocks."""
-        size, tokens = parse_size(self.config.model.size), self.config.grid**2
+        size, tokens = parse_size(self.config.model.size), math.prod(self.config.grid)
         values = self.config.model.patch_size**2 * self.config.data.channels
         other = 2 * values * size.width * tokens + 2 * size.width * self.classes
         return {"encoder": Transformer(1, tokens, *size, False, True, other)}

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from jaxtyping import PyTree
 
-from cjepa_jax.config import Model
+from cjepa_jax.config import Grid, Model
 from cjepa_jax.errors import require
 from cjepa_jax.models.attention import Attend, attend_xla
 from cjepa_jax.models.layer_norm import layer_norm
@@ -47,7 +47,7 @@ class Predictor(nn.Module):
     depth: int
     heads: int
     features: int
-    grid: int
+    grid: Grid
     init_scheme: Literal["normal", "fan_in"]
     dtype: jnp.dtype
     layers: Layers
@@ -83,7 +83,7 @@ def build_predictor(
     predictor: PredictorConfig,
     model: Model,
     *,
-    grid: int,
+    grid: Grid,
     gather: Callable[[PyTree], PyTree] | None = None,
     attend: Attend = attend_xla,
 ) -> Predictor:

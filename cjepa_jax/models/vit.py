@@ -16,7 +16,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int, PyTree, UInt8
 
-from cjepa_jax.config import Model
+from cjepa_jax.config import Grid, Model
 from cjepa_jax.errors import UserError, nearest, require
 from cjepa_jax.models.attention import Attend, attend_xla, split_heads
 from cjepa_jax.models.layer_norm import layer_norm
@@ -81,43 +81,42 @@ def kernel_init(init: Literal["normal", "fan_in"]) -> nn.initializers.Initialize
     return nn.initializers.variance_scaling(0.02**2 * 768, "fan_in", "normal")
 
 
-def check_positions(width: int, grid: int) -> None:
-    """Raises UserError where the position embedding of grid x grid patches would need too much memory."""
+def check_positions(width: int, grid: Grid) -> None:
+    """Raises UserError where the position embedding of a grid of patches would need too much memory."""
+    rows, columns = grid
     require(
-        grid**2 * width <= _MOST_POSITIONS,
-        f"{grid}x{grid} patches are too many for a width of {width}: lower data.image_size or raise model.patch_size",
+        rows * columns * width <= _MOST_POSITIONS,
+        f"{rows}x{columns} patches are too many for a width of {width}: lower data.image_size or raise "
+        "model.patch_size",
     )
 
 
-def sincos_positions(width: int, grid: int) -> Float[np.ndarray, "N width"]:
+def sincos_positions(width: int, grid: Grid) -> Float[np.ndarray, "N width"]:
     """Computes position embeddings: the first half of the channels encodes the column, the second the row.
 
     Each half is [sin, cos] of position / 10000^(i / (width / 4)), i < width / 4.
     """
     omega = 10_000.0 ** -(np.arange(width // 4) / (width / 4))
-    row, column = np.divmod(np.arange(grid * grid), grid)
+    row, column = np.divmod(np.arange(math.prod(grid)), grid[1])
     halves = [f(position[:, None] * omega) for position in (column, row) for f in (np.sin, np.cos)]
     return np.concatenate(halves, axis=1).astype(np.float32)
 
 
-def interpolate_positions(
-    table: Float[np.ndarray, "N D"], rows: int, columns: int | None = None
-) -> Float[np.ndarray, "M D"]:
-    """Interpolates positions of a square grid for another one of rows x columns, as I-JEPA does it.
+def interpolate_positions(table: Float[np.ndarray, "N D"], old: Grid, new: Grid) -> Float[np.ndarray, "M D"]:
+    """Interpolates positions of one grid for another one, as I-JEPA does it.
 
-    A grid without `columns` is square. Equals PyTorch's `interpolate(mode="bicubic", align_corners=False)`.
+    Equals PyTorch's `interpolate(mode="bicubic", align_corners=False)`.
     """
-    old = math.isqrt(len(table))
-    square = rearrange(table.astype(np.float64), "(h w) d -> h w d", h=old)
+    maps = rearrange(table.astype(np.float64), "(h w) d -> h w d", h=old[0])
     with jax.ensure_compile_time_eval(), jax.enable_x64(True):
-        new = jax.image.resize(
-            square,
-            (rows, columns or rows, table.shape[1]),
+        resized = jax.image.resize(
+            maps,
+            (*new, table.shape[1]),
             method="cubic-pytorch",
             antialias=False,
             precision="highest",
         )
-        return np.asarray(rearrange(new, "h w d -> (h w) d"), np.float32)
+        return np.asarray(rearrange(resized, "h w d -> (h w) d"), np.float32)
 
 
 def patchify(images: Float[Array, "B H W C"], patch_size: int) -> Float[Array, "B N F"]:
@@ -259,12 +258,11 @@ class Encoder(nn.Module):
     """Maps the patches of images, or some of them, to features."""
 
     size: Size
-    grid: int
+    grid: Grid
     init_scheme: Literal["normal", "fan_in"]
     dtype: jnp.dtype
     layers: Layers
-    trained_grid: int | None = None  # where it differs from `grid`: positions are interpolated from this one's
-    columns: int | None = None  # where the grid is not square: then `grid` is its rows
+    trained_grid: Grid | None = None  # where it differs from `grid`: positions are interpolated from this one's
 
     @nn.compact
     def __call__(
@@ -279,10 +277,10 @@ class Encoder(nn.Module):
         With idx [B, K] only these patches are encoded, at their positions,
         giving [B, K, D]; valid [B, K] marks those that may be attended to.
         """
-        trained, columns = self.trained_grid or self.grid, self.columns or self.grid
+        trained = self.trained_grid or self.grid
         table = sincos_positions(self.size.width, trained)
-        if (self.grid, columns) != (trained, trained):
-            table = interpolate_positions(table, self.grid, columns)
+        if self.grid != trained:
+            table = interpolate_positions(table, trained, self.grid)
         positions = jnp.asarray(table)[None]
         if idx is not None:  # before the embedding: the same values, and nothing to scatter in the backward pass
             patches = take(patches, idx)
@@ -301,15 +299,16 @@ class Encoder(nn.Module):
 def build_encoder(
     model: Model,
     *,
-    grid: int,
+    grid: Grid,
     gather: Callable[[PyTree], PyTree] | None = None,
     attend: Attend = attend_xla,
-    trained_grid: int | None = None,
+    trained_grid: Grid | None = None,
 ) -> Encoder:
     """Builds the encoder that a config describes; `trained_grid` is its grid in training, where that was another.
 
     Raises UserError for a size that does not exist, or too many patches.
     """
     size, layers = parse_size(model.size), Layers(model.layers == "scanned", model.remat, gather, attend)
-    check_positions(size.width, max(grid, trained_grid or grid))
+    for some in (grid, trained_grid or grid):
+        check_positions(size.width, some)
     return Encoder(size, grid, model.init, jnp.dtype(model.dtype), layers, trained_grid)

@@ -164,7 +164,7 @@ def _remedies(config: Config) -> str:
     if model.remat != "full":
         helps.append("--config.model.remat=full")
     helps.append(f"a data.batch_size below {data.batch_size}")
-    helps.append(f"a model.size below {model.size}, or fewer patches than {config.grid}x{config.grid} an image")
+    helps.append(f"a model.size below {model.size}, or fewer patches than {'x'.join(map(str, config.grid))} an image")
     return f"what helps: {'; '.join(helps)}"
 
 

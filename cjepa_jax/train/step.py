@@ -125,7 +125,7 @@ def build(method: Method, steps: int, mesh: jax.sharding.Mesh) -> Program:
     )
     method = dataclasses.replace(method, gather=gather_block, attend=attend)
     views = (len(method.views),) if len(method.views) > 1 else ()
-    images = (data.batch_size, *views, data.image_size, data.image_size, data.channels)
+    images = (data.batch_size, *views, *data.image_shape, data.channels)
     return Program(
         init=jax.jit(init, out_shardings=placed),
         step=jax.jit(

@@ -4,8 +4,8 @@
     python -m cjepa_jax.study --config=configs/study_convergence_cifar10.py
 
 I-JEPA, with variance and covariance, with invariance, with all three, each with and without EMA; four trials and three
-seeds of each: 56 runs of 3,125 steps of 64 images. Wants TFDS' cifar10 in ArrayRecord files; in a copy of this file,
-data=dict(source="npz", data_dir=FILE) reads arrays instead (docs/data.md). Hardware: 2 CPU cores, 4 minutes a run.
+seeds of each: 56 runs of 1,875 steps of 64 images. Wants TFDS' cifar10 in ArrayRecord files; in a copy of this file,
+data=dict(source="npz", data_dir=FILE) reads arrays instead (docs/data.md). Hardware: a CPU, 4 minutes a run on one core.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ def get_config() -> dict[str, Any]:
         predictor=dict(width=48, depth=2),
         mask=dict(recipe="corrected", target_scale=(0.2, 0.3), min_keep=4, context_tokens=9, keep="random"),
         vicreg=dict(weight=0.01),
-        optim=dict(epochs=10.0, warmup_epochs=1.0, learning_rate=2e-3),
+        optim=dict(epochs=6.0, warmup_epochs=1.0, learning_rate=2e-3),
         ema=dict(start=0.98),  # over a short run 0.996 would leave much of the initial weights in the target
         log=dict(every=50),
         checkpoint=dict(every=1000),

@@ -1,13 +1,23 @@
 """8 simulated devices, strict promotion; warnings are errors (pyproject.toml)."""
 
+import atexit
 import gc
 import os
+import shutil
+import tempfile
 
 from tests.commands import QUICK
 
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {QUICK}"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Tests, and the commands that they start, mostly compile programs that an earlier one has compiled. Each worker has a
+# cache of its own, because JAX does not lock a cache against another process.
+CACHE = tempfile.mkdtemp(prefix="cjepa-tests-")
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest

@@ -5,7 +5,7 @@
 
 I-JEPA, with variance and covariance, with invariance, with all three, each with and without EMA; four trials and three
 seeds of each: 56 runs of 1,875 steps of 64 images. Wants TFDS' cifar10 in ArrayRecord files; in a copy of this file,
-data=dict(source="npz", data_dir=FILE) reads arrays instead (docs/data.md). Hardware: a CPU, 4 minutes a run on one core.
+data=dict(source="npz", data_dir=FILE) reads arrays instead (docs/data.md). Hardware: one CPU core, 4 minutes a run.
 """
 
 from typing import Any

@@ -27,8 +27,9 @@ def _forks() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-def _child(module: str, arguments: tuple[str, ...], stdout: str, stderr: str) -> None:
+def _child(module: str, arguments: tuple[str, ...], stdout: str, stderr: str, variables: dict[str, str]) -> None:
     os.chdir(ROOT)
+    os.environ.update(variables)
     for number, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     sys.argv = [module, *arguments]
@@ -50,10 +51,47 @@ def _child(module: str, arguments: tuple[str, ...], stdout: str, stderr: str) ->
     os._exit(code)
 
 
+class Command:
+    """A running `python -m module arguments`, with as much of subprocess.Popen's face as tests need.
+
+    Its environment is that of this process at the first call, and `variables`. What it prints is in one stream.
+    """
+
+    def __init__(self, module: str, *arguments: str, **variables: str):
+        self._said = tempfile.NamedTemporaryFile("r")  # noqa: SIM115
+        where = self._said.name, self._said.name
+        self._process = _forks().Process(target=_child, args=(module, arguments, *where, variables))
+        self._process.start()
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    poll = returncode.fget
+
+    def send_signal(self, number: int) -> None:
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(str(self.pid), timeout or 0)
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
+        self.wait(timeout)
+        return pathlib.Path(self._said.name).read_text(), None
+
+
 def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Runs `python -m module arguments`, with this process's environment as it was at the first call."""
     with tempfile.NamedTemporaryFile("r") as stdout, tempfile.NamedTemporaryFile("r") as stderr:
-        process = _forks().Process(target=_child, args=(module, arguments, stdout.name, stderr.name))
+        process = _forks().Process(target=_child, args=(module, arguments, stdout.name, stderr.name, {}))
         process.start()
         process.join(300)
         if process.exitcode is None:

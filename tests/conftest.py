@@ -1,6 +1,5 @@
 """8 simulated devices, strict promotion; warnings are errors (pyproject.toml)."""
 
-import atexit
 import gc
 import os
 import shutil
@@ -13,9 +12,7 @@ os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests, and the commands that they start, mostly compile programs that an earlier one has compiled. Each worker has a
 # cache of its own, because JAX does not lock a cache against another process.
-CACHE = tempfile.mkdtemp(prefix="cjepa-tests-")
-atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
-os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="cjepa-tests-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
@@ -35,6 +32,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def pytest_addoption(parser):
     parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden from what the code gives now")
     parser.addoption("--ijepa", help="a clone of facebookresearch/ijepa, for tests/test_against_release.py")
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 def small(**overrides) -> CJEPAConfig:

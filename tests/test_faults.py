@@ -4,11 +4,11 @@ import pathlib
 import re
 import resource
 import signal
-import subprocess
 import time
 
 import pytest
 
+from tests.commands import Command
 from tests.test_hosts import SHARED, finish, start
 
 EVERY = 10  # steps between two checkpoints
@@ -20,7 +20,7 @@ OTHERS = re.compile(
 THEN = "so all have ended; start all again: the same command goes on from checkpoint "
 
 
-def wait_for(workdir: pathlib.Path, step: int, processes: list[subprocess.Popen[str]]) -> None:
+def wait_for(workdir: pathlib.Path, step: int, processes: list[Command]) -> None:
     """Returns when there is a checkpoint of this step."""
     deadline = time.monotonic() + 600
     while not (workdir / "checkpoints" / str(step)).exists():
@@ -28,7 +28,7 @@ def wait_for(workdir: pathlib.Path, step: int, processes: list[subprocess.Popen[
         time.sleep(0.05)
 
 
-def ends(processes: list[subprocess.Popen[str]], workdir: pathlib.Path, reason: str) -> tuple[float, int]:
+def ends(processes: list[Command], workdir: pathlib.Path, reason: str) -> tuple[float, int]:
     """Checks that each process ends in time with one line; gives the seconds, and the newest checkpoint."""
     since = time.monotonic()
     try:

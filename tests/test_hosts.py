@@ -18,7 +18,7 @@ from etils import epath
 
 from cjepa_jax.errors import UserError
 from cjepa_jax.train import distributed, lock
-from tests.commands import QUICK
+from tests.commands import QUICK, Command, run
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = [
@@ -41,29 +41,22 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def start(count: int, devices: int, *arguments: str) -> list[subprocess.Popen[str]]:
+def start(count: int, devices: int, *arguments: str) -> list[Command]:
     """The command in `count` processes that know of one another, with `devices` simulated devices each."""
-    environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}",
-        "JAX_PLATFORMS": "cpu",
-    }
+    flags = f"--xla_force_host_platform_device_count={devices} {QUICK}"
     address = f"localhost:{free_port()}"
     several = [f"--coordinator_address={address}", f"--num_processes={count}"] if count > 1 else []
     return [
-        subprocess.Popen(
-            [sys.executable, "-m", "cjepa_jax.main", *SMALL, *arguments]
-            + (several and [*several, f"--process_id={process}"]),
-            cwd=ROOT,
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+        Command(
+            "cjepa_jax.main",
+            *(*SMALL, *arguments, *several, *(several and [f"--process_id={process}"])),
+            XLA_FLAGS=flags,
         )
         for process in range(count)
     ]
 
 
-def finish(processes: list[subprocess.Popen[str]], *codes: int) -> list[str]:
+def finish(processes: list[Command | subprocess.Popen[str]], *codes: int) -> list[str]:
     said = [process.communicate(timeout=300)[0] for process in processes]
     found = [process.returncode for process in processes]
     assert found == list(codes or [0] * len(processes)), "\n\n".join(said)
@@ -179,14 +172,8 @@ def test_a_workdir_in_use_is_refused_by_all(tmp_path):
 
 def test_a_process_that_cannot_be_reached_is_named(tmp_path):
     address = f"localhost:{free_port()}"
-    done = subprocess.run(
-        [sys.executable, "-m", "cjepa_jax.main", *SMALL, f"--workdir={tmp_path / 'run'}", "--start_timeout=3"]
-        + [f"--coordinator_address={address}", "--num_processes=2", "--process_id=1"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    flags = [f"--coordinator_address={address}", "--num_processes=2", "--process_id=1", "--start_timeout=3"]
+    done = run("cjepa_jax.main", *SMALL, f"--workdir={tmp_path / 'run'}", *flags)
     assert done.returncode == 2, done.stderr
     assert f"did not find one another within 3 s through {address}" in done.stderr
 

@@ -95,6 +95,8 @@ def test_seeds_share_a_program_and_become_a_row(tmp_path):
     for arm in study.arms:
         files = [study.workdir / "runs" / arm / f"seed{seed}" / "evaluation" / "test.knn.json" for seed in (0, 1)]
         found[arm] = np.array([json.loads(f.read_text())["results"]["knn"]["trained"]["weighted"] for f in files])
+        ended = json.loads((study.workdir / "runs" / arm / "seed0" / "evaluation.json").read_text())["results"]["knn"]
+        assert ("raw pixels" in ended) == ("untrained" in ended) == (arm == "I-JEPA")  # once for each seed is enough
     row = results.table(study)["arms"]["C-JEPA"]["test"]["knn"]
     assert list(row["values"].values()) == found["C-JEPA"].tolist()
     assert row["difference"]["mean"] == pytest.approx((found["C-JEPA"] - found["I-JEPA"]).mean())
@@ -236,7 +238,8 @@ def test_a_study_that_is_ended_anywhere_goes_on_and_loses_nothing(finished, tmp_
 def test_a_run_that_diverges_is_an_outcome(tmp_path, monkeypatch):
     study = read(tmp_path / "run", evaluators=("knn",))
 
-    def train(config, folder, compile_step):
+    def train(config, folder, compile_step, baselines):
+        assert baselines == (config.seed in study.seeds and "C-JEPA" not in str(folder))
         folder.mkdir()
         if folder.name in ("trial0", "seed1") and "C-JEPA" in str(folder):
             raise nonfinite.DivergedError("the loss is not finite")

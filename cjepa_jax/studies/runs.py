@@ -68,8 +68,10 @@ def _train(study: Study, arm: Arm, one: Run, compile_step: memory.SharedSteps) -
     signals.Stop.newest = None
     _say(study, progress(study, (arm, one)))
     one.folder.parent.mkdir(parents=True, exist_ok=True)
+    # The tables have the baselines once for each seed; on raw pixels a probe can take as long as the training.
+    baselines = arm.name == study.baseline and one.config.seed in study.seeds
     try:
-        loop.train(one.config, one.folder, compile_step=compile_step)
+        loop.train(one.config, one.folder, compile_step=compile_step, baselines=baselines)
     except DivergedError as error:
         write_whole(one.folder / "diverged.txt", f"{error}\n")
         print(f"{one.folder}: {error}; the study goes on", file=sys.stderr, flush=True)

@@ -37,6 +37,7 @@ def train(
     compile_step: Callable[[Program, int], jax.stages.Compiled] | None = None,
     *,
     extend: bool = False,
+    baselines: bool = True,
 ) -> TrainState:
     """Trains to the end, or from where the workdir stands, or until SIGTERM or Ctrl-C; returns the last state.
 
@@ -44,7 +45,8 @@ def train(
     last step, between which a trace for xprof or Perfetto is recorded in WORKDIR/profile. `source` holds the images to
     train on, where they are not those that `config.data` names. `compile_step` is `memory.compile_step` or what runs
     that differ in the seed share, see `memory.SharedSteps`. `extend` lets `config` have more epochs than the run in the
-    workdir, which then goes on with the schedules of the new length.
+    workdir, which then goes on with the schedules of the new length. `baselines` has the evaluation at the end judge an
+    untrained encoder and raw pixels as well.
 
     Raises UserError for settings that do not fit the data, the devices or the workdir, before anything is compiled or
     written, where another run trains in the workdir, and where images or a checkpoint cannot be read; DivergedError
@@ -61,7 +63,7 @@ def train(
         if distributed.any_of_them(run is None) or run is None:  # all have checked the workdir before one makes it
             raise refused or UserError(_ELSEWHERE)
         with lock.Lock(workdir) as held, memory.explained(run.config), precision(run.config):
-            return _train(run, workdir, held, profile, compile_step or memory.compile_step)
+            return _train(run, workdir, held, profile, compile_step or memory.compile_step, baselines)
 
 
 def _train(
@@ -70,6 +72,7 @@ def _train(
     held: lock.Lock,
     profile: tuple[int, int] | None,
     compile_step: Callable[[Program, int], jax.stages.Compiled],
+    baselines: bool,
 ) -> TrainState:
     """Trains what was checked, in a workdir that nobody else writes to."""
     config, program, steps, reader = run.config, run.program, run.steps, run.reader
@@ -204,7 +207,8 @@ def _train(
         if run.evaluation and owes and asked == distributed.GO_ON:
             owes = False
             networks = run.method.networks(state.params, state.averages)
-            untrained = None if run.method.needs_labels else program.init(rng_init).params["encoder"]
+            baselines = baselines and not run.method.needs_labels
+            untrained = program.init(rng_init).params["encoder"] if baselines else None
             metrics = run.evaluation.report(networks, untrained, workdir, step=step)
             if not log.has_evaluation(step):
                 log.write(step, metrics)

@@ -60,6 +60,7 @@ def test_layers_compile_within_their_budget(tmp_path):
     assert all(cycles[name] < 1.05 * budget[name] for name in budget), cycles
 
 
+@pytest.mark.slow
 def test_ti_fits_four_v5e_chips(tmp_path):
     """At the compiler's lower level, which takes half the time and a little more memory."""
     report = report_of(

@@ -51,6 +51,7 @@ def test_the_pages_networks_learn_drawn_shapes(tmp_path, monkeypatch):
 
     KEPT.impl("nms", nms, "CPU")
     monkeypatch.setattr(torchvision.ops.boxes, "_assert_has_ops", lambda: None)
+    torch.compiler.set_stance("force_eager")  # torchvision would compile its own way without CUDA
     pretrained.save(epath.Path(tmp_path / "ours"), make_networks("24x4x3", patch=16))
     to(tmp_path / "ours", tmp_path / "encoder", "transformers")
     page = (ROOT / "docs" / "pytorch.md").read_text().partition("## Detection and segmentation")[2]
@@ -83,7 +84,7 @@ def test_the_pages_networks_learn_drawn_shapes(tmp_path, monkeypatch):
     for _ in range(8):
         optimizer.zero_grad()
         parts = detector(list(images), targets)
-        losses.append({name: float(part) for name, part in parts.items()})
+        losses.append({name: float(part.detach()) for name, part in parts.items()})
         sum(parts.values()).backward()
         optimizer.step()
     assert {"loss_mask", "loss_box_reg", "loss_objectness"} < losses[0].keys()

@@ -306,6 +306,7 @@ def test_the_command_trains_and_evaluates(workdir):
     assert loaded.image_shape == (HEIGHT, WIDTH) and loaded.grid == config.grid == (4, 8)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_bit_for_bit(workdir, tmp_path):
     path, config = workdir
     shutil.copytree(path, tmp_path / "run")
@@ -331,6 +332,7 @@ def drawn_by(monkeypatch):
     return found
 
 
+@pytest.mark.slow
 def test_evaluators_see_rectangles(workdir, files, tmp_path, monkeypatch):
     path, _ = workdir
     write_scenes(tmp_path, files[1]["train_images"][:12])

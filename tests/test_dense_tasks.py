@@ -75,13 +75,14 @@ def test_the_pages_networks_learn_drawn_shapes(tmp_path, monkeypatch):
     found = segmenter(images).argmax(1)
     assert ((found & masks).sum() / (found | masks).sum()) > 0.8
 
-    detector = names["MaskRCNN"](names["Pyramid"]("encoder"), num_classes=2, min_size=SIDE, max_size=SIDE)
+    few = {f"rpn_{when}_nms_top_n_{mode}": 50 for when in ("pre", "post") for mode in ("train", "test")}
+    detector = names["MaskRCNN"](names["Pyramid"]("encoder"), num_classes=2, min_size=SIDE, max_size=SIDE, **few)
     targets = [
         {"boxes": box[None], "labels": torch.ones(1, dtype=torch.int64), "masks": mask[None]}
         for box, mask in zip(boxes, masks, strict=True)
     ]
     optimizer, losses = torch.optim.AdamW(detector.parameters(), 3e-4), []
-    for _ in range(8):
+    for _ in range(6):
         optimizer.zero_grad()
         parts = detector(list(images), targets)
         losses.append({name: float(part.detach()) for name, part in parts.items()})

@@ -40,6 +40,21 @@ def views(config: Any, **more: Any) -> dict[str, Any]:
     return {**values, **COMMON, **more}
 
 
+def terms(rates: dict[str, Any], both: dict[str, Any]) -> dict[str, Any]:
+    """The paper's ablation of its terms, with and without EMA; `both` is what arms with a coefficient tune."""
+    given = {
+        "I-JEPA": ({"weight": 0.0}, rates),
+        "variance and covariance": ({"invariance": 0.0}, both),
+        "invariance": ({"variance": 0.0, "covariance": 0.0}, both),
+        "all": ({}, both),
+    }
+    arms = {}
+    for ema, average in (("", {}), (", no EMA", {"ema": {"start": 0.0, "end": 0.0}})):
+        for name, (vicreg, tune) in given.items():
+            arms[name + ema] = dict(settings={"vicreg": vicreg, **average}, tune=tune)
+    return arms
+
+
 def get_config() -> dict[str, Any]:
     base = dict(
         method="cjepa",
@@ -54,17 +69,7 @@ def get_config() -> dict[str, Any]:
     )
     rates = {"optim.learning_rate": RATES}
     both = {"optim.learning_rate": FEWER, "vicreg.weight": (0.001, 0.01)}
-    no_ema = {"ema": {"start": 0.0, "end": 0.0}}
-    terms = {
-        "I-JEPA": ({"weight": 0.0}, rates),
-        "+ variance and covariance": ({"invariance": 0.0}, both),
-        "+ invariance": ({"variance": 0.0, "covariance": 0.0}, both),
-        "all": ({}, both),
-    }
-    arms: dict[str, Any] = {}
-    for name, (vicreg, tune) in terms.items():
-        arms[name.lstrip("+ ")] = dict(settings={"vicreg": vicreg}, tune=tune)
-        arms[f"{name.lstrip('+ ')}, no EMA"] = dict(settings={"vicreg": vicreg, **no_ema}, tune=tune)
+    arms = terms(rates, both)
     for weight in (0.0003, 0.001, 0.003, 0.01, 0.03):
         arms[f"all, coefficient {weight}"] = dict(settings={"vicreg": {"weight": weight}}, tune=rates)
     arms["all, projector of 3 layers"] = dict(settings={"vicreg": {"projector": (512, 512, 512)}}, tune=both)

@@ -10,7 +10,7 @@ data=dict(source="npz", data_dir=FILE) reads arrays instead (docs/data.md). Hard
 
 from typing import Any
 
-from configs.study_ablation import DATA
+from configs.study_ablation import DATA, terms
 
 
 def get_config() -> dict[str, Any]:
@@ -29,19 +29,9 @@ def get_config() -> dict[str, Any]:
     )
     rates = {"optim.learning_rate": (5e-4, 1e-3, 2e-3, 4e-3)}
     both = {"optim.learning_rate": (1e-3, 2e-3), "vicreg.weight": (0.003, 0.01)}
-    terms = {
-        "I-JEPA": ({"weight": 0.0}, rates),
-        "variance and covariance": ({"invariance": 0.0}, both),
-        "invariance": ({"variance": 0.0, "covariance": 0.0}, both),
-        "all": ({}, both),
-    }
-    arms = {}
-    for ema, average in (("", {}), (", no EMA", {"ema": {"start": 0.0, "end": 0.0}})):
-        for name, (vicreg, tune) in terms.items():
-            arms[name + ema] = dict(settings={"vicreg": vicreg, **average}, tune=tune)
     return dict(
         base=base,
-        arms=arms,
+        arms=terms(rates, both),
         baseline="I-JEPA",
         seeds=(0, 1, 2),
         splits=dict(train="train[:40%]", held_out="train[90%:]", test="test"),

@@ -22,7 +22,7 @@ CropBox = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
 ChooseBox = Callable[[int, int], CropBox]  # width and height of the upright picture -> the box to crop
 Crop = UInt8[np.ndarray, "height width C"]
 Decoder = Literal["fast", "pillow"]
-Shape = tuple[int, int]  # height and width of the crops, after they are resized
+Shape = tuple[int, int]  # height and width of images in pixels, after they are cropped and resized
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # others are refused: Pillow would run Ghostscript for an EPS
 MAX_PIXELS = 2**27  # of one picture; decoded, that is 400 MB a thread

@@ -52,7 +52,7 @@ class Moments(NamedTuple):
 
 
 class Linear(NamedTuple):
-    """Maps features to pixels."""
+    """Holds a linear map from the features of a patch to its pixels."""
 
     kernel: Float64[np.ndarray, "D F"]
     bias: Float64[np.ndarray, " F"]
@@ -155,7 +155,7 @@ class Decoder(Evaluator):
         return rows
 
     def notes(self, rows: Rows) -> list[str]:
-        """Says what R2 is."""
+        """Explains the column R2 below the table."""
         return [
             "R2 is the share of the variance of the pixels, about each one's mean over all patches, that is decoded"
         ]

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from cjepa_jax.config import Data, Model, grid_of, undivided
 from cjepa_jax.data import pipeline
+from cjepa_jax.data.decode import Shape
 from cjepa_jax.errors import require
 from cjepa_jax.evaluate.sets import Labelled
 from cjepa_jax.models.layer_norm import layer_norm
@@ -22,7 +23,6 @@ from cjepa_jax.models.vit import Encoder, build_encoder, normalise, parse_size, 
 from cjepa_jax.train import sharding
 
 Params = Mapping[str, Any]
-Shape = tuple[int, int]  # height and width of images in pixels
 # Maps parameters and images to features.
 Apply = Callable[[Params, UInt8[Array, "B H W C"]], Float[Array, "B L D"]]
 

@@ -16,10 +16,10 @@ import functools
 import textwrap
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
-from cjepa_jax.errors import nearest, require
+from cjepa_jax.errors import UserError, nearest, require
 
 T = TypeVar("T")
 MISSING = dataclasses.MISSING  # in the place of the default of a required setting
@@ -103,13 +103,13 @@ def keys(cls: Any) -> tuple[Key, ...]:
     return tuple(found)
 
 
-def _fields(cls: type) -> Iterator[tuple[str, Any, dataclasses.Field]]:
+@functools.lru_cache
+def _fields(cls: type) -> tuple[tuple[str, Any, dataclasses.Field], ...]:
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        hint = hints[field.name]
-        if _has_numbers(hint) != bool(field.metadata.get("within")):
+        if _has_numbers(hints[field.name]) != bool(field.metadata.get("within")):
             raise TypeError(f"{cls.__name__}.{field.name}: a setting has a range, within=..., where it holds numbers")
-        yield field.name, hint, field
+    return tuple((field.name, hints[field.name], field) for field in dataclasses.fields(cls))
 
 
 def _has_numbers(hint: Any) -> bool:
@@ -229,7 +229,8 @@ def _build(cls: Any, values: Any, prefix: str) -> Any:
     given: dict[str, Any] = {}
     for key, value in values.items():
         name = renamed.get(key, key) if key not in fields else key
-        require(name in fields, f"unknown key {prefix}{key}: {nearest(str(key), fields)}")
+        if name not in fields:
+            raise UserError(f"unknown key {prefix}{key}: {nearest(str(key), fields)}")
         both = isinstance(value, Mapping) and isinstance(given.get(name), Mapping)  # by its old name and its new one
         given[name] = {**given[name], **value} if both else value
     built = {}

@@ -10,7 +10,10 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
+
+from cjepa_jax import signals
 
 QUICK = "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0"  # tests compile much, compute little
 ROOT = pathlib.Path(__file__).parents[1]
@@ -27,7 +30,9 @@ def _forks() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-def _child(module: str, arguments: tuple[str, ...], stdout: str, stderr: str, variables: dict[str, str]) -> None:
+def _child(
+    module: str, arguments: tuple[str, ...], stdout: str, stderr: str, first: str, variables: dict[str, str]
+) -> None:
     os.chdir(ROOT)
     os.environ.update(variables)
     for number, path in ((1, stdout), (2, stderr)):
@@ -35,7 +40,10 @@ def _child(module: str, arguments: tuple[str, ...], stdout: str, stderr: str, va
     sys.argv = [module, *arguments]
     code: int | str = 0
     try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        exec(first, {"__name__": "first"})
+        if module:
+            signals.end_at_once()  # as importing the package does, which this process need not do
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as stop:
         code = stop.code or 0
         if isinstance(code, str):
@@ -54,13 +62,14 @@ def _child(module: str, arguments: tuple[str, ...], stdout: str, stderr: str, va
 class Command:
     """A running `python -m module arguments`, with as much of subprocess.Popen's face as tests need.
 
-    Its environment is that of this process at the first call, and `variables`. What it prints is in one stream.
+    The code `first` runs before the module, or without one where that is "". Its environment is that of this process at
+    the first call, and `variables`. What it prints is in one stream.
     """
 
-    def __init__(self, module: str, *arguments: str, **variables: str):
+    def __init__(self, module: str, *arguments: str, first: str = "", **variables: str):
         self._said = tempfile.NamedTemporaryFile("r")  # noqa: SIM115
         where = self._said.name, self._said.name
-        self._process = _forks().Process(target=_child, args=(module, arguments, *where, variables))
+        self._process = _forks().Process(target=_child, args=(module, arguments, *where, first, variables))
         self._process.start()
         self.pid = self._process.pid
 
@@ -84,14 +93,23 @@ class Command:
         return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, None]:
+        """Gives what it has printed and was not read by `until_said`."""
         self.wait(timeout)
-        return pathlib.Path(self._said.name).read_text(), None
+        return self._said.read(), None
+
+    def until_said(self, word: str) -> None:
+        said = ""
+        while word not in said:
+            ended = self.returncode is not None
+            said += self._said.read()
+            assert word in said or not ended, said
+            time.sleep(0.02)
 
 
-def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs `python -m module arguments`, with this process's environment as it was at the first call."""
+def run(module: str, *arguments: str, first: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
+    """Runs what `Command` does to its end, and keeps the two streams apart."""
     with tempfile.NamedTemporaryFile("r") as stdout, tempfile.NamedTemporaryFile("r") as stderr:
-        process = _forks().Process(target=_child, args=(module, arguments, stdout.name, stderr.name, {}))
+        process = _forks().Process(target=_child, args=(module, arguments, stdout.name, stderr.name, first, variables))
         process.start()
         process.join(300)
         if process.exitcode is None:

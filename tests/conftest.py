@@ -34,6 +34,10 @@ def pytest_addoption(parser):
     parser.addoption("--ijepa", help="a clone of facebookresearch/ijepa, for tests/test_against_release.py")
 
 
+def pytest_collection_finish():
+    gc.freeze()  # what the imports have made stays, and need not be looked through again
+
+
 def pytest_unconfigure():
     shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 

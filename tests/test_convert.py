@@ -27,7 +27,7 @@ from cjepa_jax.models.predictor import PredictorConfig, build_predictor
 from cjepa_jax.models.vit import build_encoder, parse_size, patchify
 from cjepa_jax.pretrained import Pretrained
 from cjepa_jax.train.loop import train
-from tests import torch_ijepa
+from tests import commands, torch_ijepa
 from tests.conftest import small
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -180,9 +180,9 @@ def check_full_size(tmp_path, size, patch, pairs):
         assert_close(found, wanted)
 
 
-def test_features_at_full_size(tmp_path):
-    """Converts a B/16 by three pairs of formats; other pairs read the same files."""
-    check_full_size(tmp_path, "B", 16, [("orbax", "ijepa"), ("ijepa", "timm"), ("orbax", "transformers")])
+def test_features_at_224_pixels(tmp_path):
+    """Converts a Ti/16 by three pairs of formats; other pairs read the same files."""
+    check_full_size(tmp_path, "Ti", 16, [("orbax", "ijepa"), ("ijepa", "timm"), ("orbax", "transformers")])
 
 
 @pytest.mark.slow
@@ -536,12 +536,6 @@ WRITERS = dict(formats.WRITERS)
 # With the rest of the package.
 
 
-def run_command(*arguments, **environment):
-    command = [sys.executable, "-m", "cjepa_jax.convert", *map(str, arguments)]
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("XLA_", "JAX_"))}
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=kept | environment)
-
-
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
     """Trains two steps on eight devices that share the parameters; returns the workdir and the last state."""
@@ -556,7 +550,8 @@ def test_a_sharded_checkpoint_converts_on_one_device(sharded, tmp_path):
     workdir, state = sharded
     kernel = state.averages["target_encoder"]["block00"]["fc1"]["kernel"]
     assert len(kernel.sharding.device_set) == 8 and not kernel.is_fully_replicated
-    done = run_command(f"--input={workdir}", f"--output={tmp_path / 'a.safetensors'}", "--format=timm")
+    arguments = [f"--input={workdir}", f"--output={tmp_path / 'a.safetensors'}", "--format=timm"]
+    done = commands.run("cjepa_jax.convert", *arguments, XLA_FLAGS=commands.QUICK)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[0].endswith("256x1x4/2, target_encoder")
     found = safetensors.numpy.load_file(tmp_path / "a.safetensors")
@@ -565,7 +560,7 @@ def test_a_sharded_checkpoint_converts_on_one_device(sharded, tmp_path):
 
 def test_the_command_says_what_is_wrong(tmp_path):
     arguments = ["--input=/nowhere", f"--output={tmp_path / 'a'}", "--format=orbax", "--num-heads=3", "--mean=x"]
-    done = run_command(*arguments, "--tower=encoder")  # the former name of --encoder
+    done = commands.run("cjepa_jax.convert", *arguments, "--tower=encoder")  # the former name of --encoder
     assert (done.returncode, done.stderr) == (2, "error: --mean must be numbers, such as 0.5,0.5,0.5\n")
 
 

@@ -206,9 +206,14 @@ def test_the_command_prints_tables_and_leaves_what_it_takes_to_repeat(workdir, m
     assert row[0] == "trained, last layer (exported)" and row[1]["linear"] == last
     assert left["encoder"] == "target_encoder" and left["step"] == 3 and left["data"]["test_split"] == "test[:150]"
 
-    run(monkeypatch, f"--checkpoint={workdir}", "--method=knn", *FAST)  # the same settings may be repeated
     before = picture.parent / "step3_target_encoder.knn.json"
+    older = json.loads(before.read_text())
+    for group, key in (("settings", "knn.temperature"), ("settings", "decoder.strengths"), ("data", "image_width")):
+        del older[group][key]  # which older code did not know
+    before.write_text(json.dumps(older))
+    run(monkeypatch, f"--checkpoint={workdir}", "--method=knn", *FAST)  # the same settings may be repeated
     content = before.read_bytes()
+    assert b"image_width" in content
     with pytest.raises(SystemExit, match="2"):
         run(monkeypatch, f"--checkpoint={workdir}", "--method=knn", "--config.knn.neighbours=3")
     assert "knn.json exists with another settings; --name gives" in capsys.readouterr().err
@@ -338,7 +343,9 @@ def test_images_without_labels(workdir, tmp_path):
     bare = dict(data__source="npz", data__data_dir=str(tmp_path / "bare.npz"), data__train_split="train")
     chosen = settings(**bare, data__test_split="test")
     frozen = freeze(workdir, "encoder", chosen, baselines=False)
-    with pytest.raises(UserError, match=r"data.train_split = 'train' has no labels; the methods collapse"):
+    *some, last = (name for name, evaluator in settings().evaluators.items() if not evaluator.needs_labels)
+    needless = f"{', '.join(some)} and {last}"
+    with pytest.raises(UserError, match=f"data.train_split = 'train' has no labels; the methods {needless} need"):
         frozen.splits()
     rows = chosen.collapse.run(frozen, epath.Path(tmp_path / "x"))
     assert rows["trained"]["rank"] >= 1 and (tmp_path / "x.collapse.png").exists()

@@ -189,7 +189,7 @@ def on_one_device():
     return one_step(small(**WIDE, model__attention="xla"), 1)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["zero1, scanned", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_a_step_is_the_one_that_xla_takes(make_config, monkeypatch, on_one_device, way):
     """Metrics, and AdamW's moments, which are the gradients of every parameter."""
     calls = []

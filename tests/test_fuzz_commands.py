@@ -253,12 +253,10 @@ def test_convert(examples, place, tmp_path, monkeypatch):
 @SLOW
 def test_evaluate(examples, place, tmp_path, monkeypatch):
     """As far as the evaluators, which run for real elsewhere."""
-    from cjepa_jax.evaluate import collapse, davis, decoder, knn, linear, logistic, segmentation
+    from cjepa_jax.evaluate.config import Evaluation
 
     monkeypatch.chdir(tmp_path)
-    kinds = (knn.Knn, linear.Linear, logistic.Logistic, collapse.Collapse, davis.Davis)
-    kinds += (segmentation.Segmentation, decoder.Decoder)
-    for kind in kinds:
+    for kind in map(type, Evaluation().evaluators.values()):
         monkeypatch.setattr(kind, "run", lambda self, frozen, stem: {"trained": {"x": 0.5}})
         monkeypatch.setattr(kind, "shown", lambda self, rows: rows)
         monkeypatch.setattr(kind, "notes", lambda self, rows: [])

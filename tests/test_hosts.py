@@ -6,8 +6,6 @@ import pathlib
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import jax
@@ -20,7 +18,6 @@ from cjepa_jax.errors import UserError
 from cjepa_jax.train import distributed, lock
 from tests.commands import QUICK, Command, run
 
-ROOT = pathlib.Path(__file__).parents[1]
 SMALL = [
     "--config=configs/digits.py",
     "--config.model.size=64x2x2",
@@ -41,7 +38,7 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def start(count: int, devices: int, *arguments: str) -> list[Command]:
+def start(count: int, devices: int, *arguments: str, first: str = "") -> list[Command]:
     """The command in `count` processes that know of one another, with `devices` simulated devices each."""
     flags = f"--xla_force_host_platform_device_count={devices} {QUICK}"
     address = f"localhost:{free_port()}"
@@ -50,13 +47,14 @@ def start(count: int, devices: int, *arguments: str) -> list[Command]:
         Command(
             "cjepa_jax.main",
             *(*SMALL, *arguments, *several, *(several and [f"--process_id={process}"])),
+            first=first,
             XLA_FLAGS=flags,
         )
         for process in range(count)
     ]
 
 
-def finish(processes: list[Command | subprocess.Popen[str]], *codes: int) -> list[str]:
+def finish(processes: list[Command], *codes: int) -> list[str]:
     said = [process.communicate(timeout=300)[0] for process in processes]
     found = [process.returncode for process in processes]
     assert found == list(codes or [0] * len(processes)), "\n\n".join(said)
@@ -87,38 +85,38 @@ def alone(tmp_path_factory) -> pathlib.Path:
 SHARED = ["--config.mesh.parameters=fsdp", "--config.model.remat=dots", "--config.model.layers=scanned"]
 
 
-@pytest.mark.parametrize(
-    "count, devices, settings",
-    [
-        pytest.param(2, 2, [], marks=pytest.mark.slow),  # the last holds what it shows
-        pytest.param(4, 1, [], marks=pytest.mark.slow),
-        (2, 2, ["--config.mesh.fsdp=4", *SHARED]),
-    ],
-    ids=["two", "four", "two, fsdp over both"],
-)
-def test_processes_train_as_one(alone, tmp_path, count, devices, settings):
-    """The same losses and the same checkpoint; process 0 alone writes metrics and says how far it is."""
-    workdir = tmp_path / "run"
-    said = finish(start(count, devices, f"--workdir={workdir}", *settings))
+def check(said: list[str], workdir: pathlib.Path, alone: pathlib.Path, *steps: int) -> None:
+    """The same losses and the same checkpoints; process 0 alone writes metrics and says how far it is."""
     np.testing.assert_allclose(losses(workdir), losses(alone), rtol=1e-4)
-    for step in (5, 10):
+    for step in steps:
         for a, b in zip(*map(jax.tree.leaves, (saved(workdir, step), saved(alone, step))), strict=True):
             a, b = np.asarray(a, float), np.asarray(b, float)
             assert np.linalg.norm(a - b) <= 1e-3 * np.linalg.norm(b) + 1e-4 * a.size**0.5
     assert "step 10/10" in said[0] and not any("step 10/10" in other for other in said[1:])
 
 
+@pytest.mark.slow  # the next two tests hold what it shows
+@pytest.mark.parametrize(
+    "count, devices, settings",
+    [(2, 2, []), (4, 1, []), (2, 2, ["--config.mesh.fsdp=4", *SHARED])],
+    ids=["two", "four", "two, fsdp over both"],
+)
+def test_processes_train_as_one(alone, tmp_path, count, devices, settings):
+    workdir = tmp_path / "run"
+    check(finish(start(count, devices, f"--workdir={workdir}", *settings)), workdir, alone, 5, 10)
+
+
 def test_another_number_of_processes_goes_on(alone, tmp_path):
-    """Two processes take the second half of what one has begun: same images, same crops, same masks."""
+    """Two processes, which share the parameters, take the second half of what one has begun: same images and masks."""
     workdir = tmp_path / "run"
     shutil.copytree(alone, workdir)
     shutil.rmtree(workdir / "checkpoints" / "10")
-    said = finish(start(2, 2, f"--workdir={workdir}"))
+    said = finish(start(2, 2, f"--workdir={workdir}", "--config.mesh.fsdp=4", *SHARED))
     assert "going on from step 5" in said[0]
-    np.testing.assert_allclose(losses(workdir), losses(alone), rtol=1e-4)
+    check(said, workdir, alone, 10)
 
 
-def test_a_stop_of_one_stops_all_after_the_same_step(tmp_path):
+def test_a_stop_of_one_stops_all_after_the_same_step(alone, tmp_path):
     workdir = tmp_path / "run"
     processes = start(2, 1, f"--workdir={workdir}", "--config.optim.epochs=1000", "--config.checkpoint.every=100000")
     while not (workdir / "metrics.jsonl").exists() or len(losses(workdir)) < 3:
@@ -129,6 +127,7 @@ def test_a_stop_of_one_stops_all_after_the_same_step(tmp_path):
     (step,) = [int(path.name) for path in (workdir / "checkpoints").iterdir() if path.is_dir()]
     assert f"stopped and saved at step {step}" in said[0]
     assert int(saved(workdir, step)["step"]) == step
+    assert losses(workdir)[0] == pytest.approx(losses(alone)[0], rel=1e-4)
 
 
 def test_an_error_of_one_stops_all_and_saves_nothing_of_it(tmp_path):
@@ -140,22 +139,9 @@ def test_an_error_of_one_stops_all_and_saves_nothing_of_it(tmp_path):
     before = (
         "import sys; from cjepa_jax.data import sources; "
         "sources.Source.read = lambda self, i: (_ for _ in ()).throw(sources.UnreadableError('gone')) "
-        "if '--process_id=1' in sys.argv else self.records[i]; from cjepa_jax import main; main.main()"
+        "if '--process_id=1' in sys.argv else self.records[i]"
     )
-    address = f"--coordinator_address=localhost:{free_port()}"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", before, *SMALL, f"--workdir={workdir}", address, "--num_processes=2"]
-            + [f"--process_id={process}", "--config.data.max_bad_fraction=1.0"],
-            cwd=ROOT,
-            env=os.environ | {"XLA_FLAGS": QUICK},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for process in range(2)
-    ]
-    said = finish(processes, 2, 2)
+    said = finish(start(2, 1, f"--workdir={workdir}", "--config.data.max_bad_fraction=1.0", first=before), 2, 2)
     assert "error: another process could not go on and says why" in said[0]
     assert "error: 100 images in a row cannot be read" in said[1]
     assert not list((workdir / "checkpoints").glob("[0-9]*"))

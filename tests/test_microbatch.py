@@ -106,7 +106,7 @@ def test_same_outputs_and_gradient_on_one_device(microbatches):
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, marks=pytest.mark.slow) if case == "context_target" else case
+        pytest.param(case, marks=pytest.mark.slow) if case.startswith(("context_target", "l2")) else case
         for case in (*CASES, "supervised")
     ],
 )

@@ -5,8 +5,6 @@ import itertools
 import json
 import os
 import pathlib
-import subprocess
-import sys
 import threading
 import time
 
@@ -17,6 +15,7 @@ from PIL import Image
 from cjepa_jax.data import decode, pipeline, sources
 from cjepa_jax.data.augment import Augmentation, augment
 from cjepa_jax.errors import UserError
+from tests import commands
 
 
 class Colours:
@@ -123,8 +122,7 @@ def test_another_number_of_processes_goes_on_with_the_same_batches(make_data):
     found, start = [], 0
     for processes, count in ((2, 3), (3, 2), (1, 2)):
         arguments = [json.dumps((vars(data), start, count, list(range(12)[p::processes]))) for p in range(processes)]
-        running = [subprocess.Popen([sys.executable, "-c", SHARE, a], stdout=subprocess.PIPE) for a in arguments]
-        shares = [np.array(json.loads(process.communicate()[0]), np.uint8) for process in running]
+        shares = [np.array(json.loads(commands.run("", a, first=SHARE).stdout), np.uint8) for a in arguments]
         found.append(np.stack(shares, axis=2).reshape(count, 12, 8, 8, 3))
         start += count
     np.testing.assert_array_equal(np.concatenate(found), take(7, sources.load(data, "train[:100]"), data, seed=5))

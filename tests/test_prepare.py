@@ -5,7 +5,6 @@ import io
 import json
 import os
 import resource
-import subprocess
 import sys
 import threading
 import time
@@ -20,6 +19,7 @@ from PIL import Image
 from cjepa_jax import signals
 from cjepa_jax.data import decode, prepare, shard_file, sources
 from cjepa_jax.errors import UserError
+from tests import commands
 
 BICUBIC, LANCZOS = Image.Resampling.BICUBIC, Image.Resampling.LANCZOS
 
@@ -281,8 +281,7 @@ def test_too_many_unreadable_files_are_an_error(tmp_path, source):
 def run(source, output, hook):
     """Runs the preparation with shards of 8 images in a process of its own, after some code."""
     code = f"import os, signal\nfrom cjepa_jax.data import prepare\nprepare.IMAGES_PER_SHARD = 8\n{hook}\n"
-    code += f"prepare.prepare({str(source)!r}, {str(output)!r}, threads=2)"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    return commands.run("", first=f"{code}prepare.prepare({str(source)!r}, {str(output)!r}, threads=2)")
 
 
 DIE = """

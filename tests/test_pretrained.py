@@ -1,8 +1,6 @@
 """Networks out of checkpoints, and into new runs."""
 
 import json
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -15,6 +13,7 @@ from cjepa_jax.interop.conversion import convert
 from cjepa_jax.interop.tensors import ImportOptions
 from cjepa_jax.train.loop import train
 from cjepa_jax.train.setup import set_up
+from tests import commands
 
 ALL = ("encoder", "predictor", "target_encoder")
 
@@ -146,8 +145,8 @@ def test_the_command_takes_init(trained, tmp_path):
     pretrained.save(epath.Path(damaged), pretrained.load(trained[0], ALL))
     for file in (damaged / "checkpoints" / "4" / "state").rglob("[0-9]*"):
         file.write_bytes(b"")
-    command = [sys.executable, "-m", "cjepa_jax.main", "--config=configs/digits.py", f"--workdir={tmp_path / 'run'}"]
-    done = subprocess.run([*command, f"--init={damaged}"], capture_output=True, text=True)
+    arguments = ["--config=configs/digits.py", f"--workdir={tmp_path / 'run'}", f"--init={damaged}"]
+    done = commands.run("cjepa_jax.main", *arguments)
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: checkpoint {damaged / 'checkpoints' / '4'} cannot be read")
     assert len(done.stderr.splitlines()) == 1

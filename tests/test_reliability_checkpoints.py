@@ -8,7 +8,6 @@ import pathlib
 import re
 import shutil
 import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -26,6 +25,7 @@ from cjepa_jax.train import checkpoint, loop, nonfinite, optimizer
 from cjepa_jax.train.setup import set_up
 from cjepa_jax.train.trouble import Trouble
 from cjepa_jax.train.writer import Writer, read
+from tests import commands
 from tests.conftest import small
 from tests.test_hosts import finish, start
 
@@ -389,13 +389,13 @@ def fill(disk: epath.Path, *, free: int = 0) -> None:
 
 def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_stays(disk, capfd):
     """The command first, because what threads print counts; the same settings go on when there is room."""
-    workdir, every, epochs = disk / "run", 5, 80 * 16 / 1437
-    arguments = [sys.executable, "-m", "cjepa_jax.main", "--config=configs/digits.py", f"--workdir={workdir}"]
+    workdir, every, epochs = disk / "run", 5, 50 * 16 / 1437
+    arguments = ["--config=configs/digits.py", f"--workdir={workdir}"]
     arguments += ["--config.model.size=16x1x2", "--config.predictor.width=8", "--config.predictor.depth=1"]
     arguments += ["--config.data.batch_size=16", "--config.eval.every=0", "--config.log.every=1000"]
     arguments += [f"--config.checkpoint.every={every}", "--config.checkpoint.keep_last=1000"]
     arguments += [f"--config.optim.epochs={epochs}", "--config.optim.warmup_epochs=0.1"]
-    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    done = commands.run("cjepa_jax.main", *arguments)
     assert done.returncode == 1, done.stderr
     good = max(int(name) for name in steps(workdir) if name.isdigit())
     _headline, _first_step, *said = done.stderr.splitlines()
@@ -406,7 +406,7 @@ def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_stays(disk, capfd)
     subprocess.run(["mount", "-o", "remount,size=50m", disk], check=True)
     again = {"log__every": 1000, "checkpoint__every": every, "checkpoint__keep_last": 1000}
     state = loop.train(small(optim__epochs=epochs, optim__warmup_epochs=0.1, **again), workdir)
-    assert int(state.step) == 80 and f"going on from step {good}" in capfd.readouterr().err
+    assert int(state.step) == 50 and f"going on from step {good}" in capfd.readouterr().err
     assert all(name.isdigit() for name in steps(workdir))
 
 

@@ -1,5 +1,6 @@
 """What the docs say of a study is what its raw files in results/ say."""
 
+import itertools
 import json
 import pathlib
 import statistics
@@ -77,3 +78,19 @@ def test_the_readme_quotes_the_study():
             assert (
                 whole.strip().startswith(said.strip()[:3]) and said.strip() in f"{whole} {float(whole.split()[0]):.1f}"
             )
+
+
+def test_the_page_on_evaluation_shows_a_seed_of_the_study_on_cifar10():
+    found = {}
+    with tarfile.open(ROOT / "results" / "convergence_cifar10" / "runs.tar.xz") as archive:
+        for arm, measure in itertools.product(("I-JEPA", "all"), MEASURES):
+            text = archive.extractfile(f"runs/{arm}/seed0/evaluation/test.{measure}.json").read()
+            found[arm, measure] = json.loads(text)["results"][measure]
+    page = (ROOT / "docs" / "evaluation.md").read_text().splitlines()
+    encoders = {"raw pixels": ("I-JEPA", "raw pixels"), "untrained": ("I-JEPA", "untrained")}
+    for title, (arm, encoder) in (encoders | {"I-JEPA": ("I-JEPA", "trained"), "C-JEPA": ("all", "trained")}).items():
+        knn, logistic = (found[arm, measure][encoder] for measure in MEASURES)
+        cells = [f"{100 * share:.1f}" for share in (knn["weighted"], knn["plain"], logistic["all labels"])]
+        few = (logistic["0.01 of labels"], logistic["10 a class"])
+        cells += [f"{100 * share['mean']:.1f} ± {100 * share['std']:.1f}" for share in few]
+        assert f"| {title} | {' | '.join(cells)} |" in page

@@ -1,6 +1,5 @@
 """Ctrl-C and SIGTERM at every stage of a command, sent to real processes."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -8,44 +7,24 @@ import time
 
 import pytest
 
-from tests.commands import QUICK
+from tests.commands import QUICK, Command
 from tests.test_train import ROOT, SMALL, lines
 
 DIGITS = ["cjepa_jax.main", "--config=configs/digits.py", *SMALL]
 
 
-def start(*arguments: str, first: str = "") -> subprocess.Popen[str]:
-    """Runs a command as `python -m` does; the code `first` changes its modules before."""
-    # Where the tests run in the background, SIGINT may be ignored.
-    heard = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)"
-    module = f"runpy.run_module({arguments[0]!r}, run_name='__main__')"
-    code = f"{heard}\nimport sys, runpy\nsys.argv[0] = '-m'\n{first}\n{module}"
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *arguments[1:]],
-        cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": QUICK},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+def start(*arguments: str, first: str = "") -> Command:
+    """Runs a command; the code `first` changes its modules before."""
+    return Command(*arguments, first=f"import sys\n{first}", XLA_FLAGS=QUICK)
 
 
-def until_said(process: subprocess.Popen[str], word: str) -> None:
-    assert process.stderr
-    said = ""
-    while word not in said:
-        line = process.stderr.readline()
-        assert line, said
-        said += line
-
-
-def end(process: subprocess.Popen[str], sent: int, *, within: float = 3) -> tuple[int, str]:
+def end(process: Command | subprocess.Popen[str], sent: int, *, within: float = 3) -> tuple[int, str]:
     """Sends a signal; returns the exit code and what the process said from then on."""
     process.send_signal(sent)
     since = time.monotonic()
-    said = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=60)
     assert time.monotonic() - since < within, said
-    return process.returncode, "".join(said)
+    return process.returncode, said
 
 
 COMMANDS = ["main", "finetune", "evaluate", "convert", "compile", "study"]
@@ -54,10 +33,15 @@ COMMANDS += ["data.prepare", "bench.input", "bench.linear"]
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_imports_end_at_once_and_without_a_word(name):
-    pause = "import time, cjepa_jax\nclass Pause:\n def find_spec(name, *_):\n"
-    pause += "  if name == 'absl': print('now', file=sys.stderr, flush=True); time.sleep(60)\n"
-    process = start(f"cjepa_jax.{name}", first=pause + "sys.meta_path.insert(0, Pause)")
-    until_said(process, "now")
+    """A process that has imported nothing yet, unlike those that are forked."""
+    # Where the tests run in the background, SIGINT may be ignored.
+    pause = "import runpy, signal, sys, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    pause += "sys.argv[0] = '-m'\nimport cjepa_jax\nclass Pause:\n def find_spec(name, *_):\n"
+    pause += "  if name == 'absl': print('now', flush=True); time.sleep(60)\n"
+    pause += f"sys.meta_path.insert(0, Pause)\nrunpy.run_module('cjepa_jax.{name}', run_name='__main__')"
+    where = dict(cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen([sys.executable, "-c", pause], **where)
+    assert process.stdout.readline() == "now\n"
     assert end(process, signal.SIGINT) == (-signal.SIGINT, "")
 
 
@@ -74,16 +58,16 @@ def test_a_run_that_is_ended_at_any_time_is_no_obstacle_for_the_next(tmp_path):
     slow += "from cjepa_jax.train import memory; g = memory.compile_step\n"
     slow += "def then(*a, **k): compiler.compile_or_get_cached = wait; return g(*a, **k)\nmemory.compile_step = then"
     process = start(*arguments, first=slow)
-    until_said(process, "now")
+    process.until_said("now")
     assert end(process, signal.SIGTERM) == (-signal.SIGTERM, "")
 
     slow = "from cjepa_jax.train import checkpoint; import time\n"
     slow += "def save(*a, **k): print('now', file=sys.stderr, flush=True); time.sleep(60)\n"
     slow += "checkpoint.Checkpointer.save = save"
     process = start(*arguments, first=slow)
-    until_said(process, "step 3/")
+    process.until_said("step 3/")
     process.send_signal(signal.SIGINT)
-    until_said(process, "now")
+    process.until_said("now")
     assert end(process, signal.SIGINT) == (-signal.SIGINT, "")
     assert [line["step"] for line in lines(tmp_path / "run")][:3] == [1, 2, 3]
 

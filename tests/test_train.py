@@ -2,12 +2,9 @@
 
 import json
 import math
-import os
 import pathlib
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import jax
@@ -36,10 +33,6 @@ SMALL = [
     "--config.checkpoint.every=5",
 ]
 TEN_STEPS = ["--config.optim.epochs=0.1114", "--config.optim.warmup_epochs=0.02"]  # of 1,437 images, 16 a step
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "cjepa_jax.main", *arguments]
 
 
 def run(*arguments: str, code: int = 0) -> str:
@@ -102,13 +95,13 @@ def test_ten_steps_equal_five_and_a_new_process_and_five(finished, tmp_path):
 def test_sigterm_saves_and_leaves_and_the_same_command_goes_on(tmp_path):
     workdir = tmp_path / "run"
     arguments = ["--config=configs/digits.py", f"--workdir={workdir}", *SMALL, "--config.checkpoint.every=100000"]
-    process = subprocess.Popen(command(*arguments), cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ)
+    process = commands.Command("cjepa_jax.main", *arguments)
     deadline = time.time() + 200
     while not (workdir / "metrics.jsonl").exists() or len(lines(workdir)) < 3:
-        assert process.poll() is None and time.time() < deadline, process.stderr.read()
+        assert process.poll() is None and time.time() < deadline, process.communicate(0)
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=100)
+    said, _ = process.communicate(timeout=100)
     assert process.returncode == 0, said
     stopped = lines(workdir)[-1]["step"]
     assert f"stopped and saved at step {stopped}" in said

@@ -4,7 +4,6 @@ import concurrent.futures
 import itertools
 import os
 import signal
-import subprocess
 import threading
 import time
 
@@ -14,7 +13,8 @@ from PIL import Image
 
 from cjepa_jax.data import folder, pipeline, sources, waiting
 from cjepa_jax.train import loop
-from tests.test_signals import end, start, until_said
+from tests.commands import Command
+from tests.test_signals import end, start
 from tests.test_train import FOLDER, lines, photos, saved_state
 
 
@@ -121,7 +121,7 @@ def test_an_evaluation_gives_up_an_image_that_does_not_come(make_config, digits_
 # The command, as a process
 
 
-def train(tmp_path, *arguments: str) -> subprocess.Popen[str]:
+def train(tmp_path, *arguments: str) -> Command:
     """Trains for ever on images of which each becomes a pipe after a few steps; returns when that is so."""
     images = photos(tmp_path / "images", ".")
     workdir = tmp_path / "run"
@@ -130,7 +130,7 @@ def train(tmp_path, *arguments: str) -> subprocess.Popen[str]:
     process = start("cjepa_jax.main", *FOLDER, *where, *rare, *arguments, first=PATIENCE)
     deadline = time.time() + 200
     while not (workdir / "metrics.jsonl").exists() or len(lines(workdir)) < 3:
-        assert process.poll() is None and time.time() < deadline, process.stderr.read()
+        assert process.poll() is None and time.time() < deadline, process.communicate(0)
         time.sleep(0.1)
     for path in images.iterdir():
         os.mkfifo(path.with_suffix(".new"))
@@ -143,9 +143,9 @@ PATIENCE = "from cjepa_jax.data import waiting; waiting.NOTICE = 3.0"
 
 def test_sigterm_saves_and_leaves_while_an_image_does_not_come(tmp_path):
     process = train(tmp_path)
-    until_said(process, f"waiting for {tmp_path}/images/")
+    process.until_said(f"waiting for {tmp_path}/images/")
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=60)
     assert process.returncode == 0, said
     stopped = lines(tmp_path / "run")[-1]["step"]
     assert f"stopped while waiting for {tmp_path}/images/" in said
@@ -156,7 +156,7 @@ def test_sigterm_saves_and_leaves_while_an_image_does_not_come(tmp_path):
 @pytest.mark.slow
 def test_the_command_leaves_when_an_image_does_not_come_in_time(tmp_path):
     process = train(tmp_path, "--config.data.read_timeout=4")
-    _, said = process.communicate(timeout=100)
+    said, _ = process.communicate(timeout=100)
     assert process.returncode == 2, said
     assert said.rstrip().splitlines()[-1].startswith(f"error: {tmp_path}/images/"), said
     assert "was not read within data.read_timeout = 4 s" in said and "Traceback" not in said
@@ -167,7 +167,7 @@ def test_the_command_leaves_when_an_image_does_not_come_in_time(tmp_path):
 @pytest.mark.slow
 def test_a_second_signal_ends_at_once_while_an_image_does_not_come(tmp_path):
     process = train(tmp_path)
-    until_said(process, "waiting for ")
+    process.until_said("waiting for ")
     process.send_signal(signal.SIGINT)
     time.sleep(0.05)
     assert end(process, signal.SIGINT)[0] == -signal.SIGINT
@@ -188,5 +188,5 @@ def scan(root, scan=folder.scan):
 folder.scan = scan
 """
     process = start("cjepa_jax.data.prepare", f"--input={images}", f"--output={tmp_path / 'out'}", first=before)
-    until_said(process, f"waiting for {images}/8.jpg, which was not read within 3 s\n")
+    process.until_said(f"waiting for {images}/8.jpg, which was not read within 3 s\n")
     assert end(process, signal.SIGTERM, within=5)[0] == -signal.SIGTERM

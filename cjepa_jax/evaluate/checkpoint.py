@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from etils import epath
 
 from cjepa_jax import pretrained
+from cjepa_jax.config import Data, Model
 from cjepa_jax.errors import nearest, require
 from cjepa_jax.evaluate import report
 from cjepa_jax.evaluate.config import Evaluation, resolve
@@ -57,7 +58,7 @@ def judge(
     files = {one: stem.with_name(f"{name}.{one}.json") for one in wanted}
     descriptions = {one: report.describe(frozen, flatten(settings), method=one, **about) for one in wanted}
     for one in wanted:
-        report.check(files[one], descriptions[one])
+        report.check(files[one], descriptions[one], {"settings": Evaluation, "model": Model, "data": Data})
         if known[one].needs_labels and one != "accuracy":
             frozen.check_labels()
             if one == next(name for name in wanted if known[name].needs_labels):

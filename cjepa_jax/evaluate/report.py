@@ -17,6 +17,7 @@ from cjepa_jax.errors import UserError, require
 from cjepa_jax.evaluate.base import ERROR, Evaluator, Rows
 from cjepa_jax.evaluate.frozen import Frozen
 from cjepa_jax.files import read_json, write_whole
+from cjepa_jax.settings import flatten, parse_flat
 
 _PACKAGES = ("jax", "flax", "optax", "numpy", "scikit-learn", "simplejpeg", "opencv-python-headless", "pillow")
 
@@ -34,13 +35,20 @@ def describe(frozen: Frozen, settings: Mapping[str, Any], **more: Any) -> dict[s
     return repeated
 
 
-def check(path: epath.Path, description: Mapping[str, Any]) -> None:
-    """Raises UserError where `path` holds results of another description, or is none of ours."""
+def check(path: epath.Path, description: Mapping[str, Any], groups: Mapping[str, type]) -> None:
+    """Raises UserError where `path` holds results of another description, or is none of ours.
+
+    groups: the dataclass of the settings of each group, such as "data"; a setting that `path` lacks means what the code
+    did before the setting existed.
+    """
     if not path.exists():
         return
     try:
         old = read_json(path)
-    except UserError:
+        for name, cls in groups.items():
+            whole = {**flatten(parse_flat(old[name], cls)), **old[name]}
+            old[name] = {key: whole.get(key) for key in description[name]}
+    except (UserError, KeyError, TypeError):
         old = {}
     changed = sorted(key for key, value in description.items() if old.get(key) != value)
     require(

@@ -14,7 +14,7 @@ from cjepa_jax.interop.tensors import ImportOptions, OpenedCheckpoint, class_cou
 from cjepa_jax.models.vit import parse_size
 from cjepa_jax.pretrained import Pretrained
 
-_SAID = ("num_heads", "mean", "std", "classes")  # in the metadata
+_SAID = ("mean", "std", "classes")  # in the metadata, beside num_heads and image_size
 
 
 def open_file(path: epath.Path, options: ImportOptions) -> OpenedCheckpoint:
@@ -23,7 +23,8 @@ def open_file(path: epath.Path, options: ImportOptions) -> OpenedCheckpoint:
     if any(name.startswith(("embeddings.", "ijepa.")) for name in tensors):
         raise UserError(f"--input {path} is part of a folder of transformers: name the folder, {path.parent}")
     try:
-        known: dict[str, Any] = {key: json.loads(metadata[key]) for key in (*_SAID, "image_size") if key in metadata}
+        wanted = ("num_heads", *_SAID, "image_size")
+        known: dict[str, Any] = {key: json.loads(metadata[key]) for key in wanted if key in metadata}
     except (ValueError, RecursionError) as error:
         raise UserError(f"--input {path} is damaged: its metadata cannot be read ({one_line(error)})") from None
     classes = known.pop("classes", ())
@@ -38,7 +39,7 @@ def write(path: pathlib.Path, networks: Pretrained) -> None:
     That is heads, mean, standard deviation, classes, and, of images that are not square, height and width.
     """
     metadata: dict[str, Any] = {"num_heads": parse_size(networks.model.size).heads}
-    metadata |= {key: getattr(networks, key) for key in _SAID[1:]}
+    metadata |= {key: getattr(networks, key) for key in _SAID}
     metadata |= {} if networks.is_square else {"image_size": networks.image_shape}
     tensors: dict[str, np.ndarray] = {}
     for network, params in networks.params.items():

@@ -1,5 +1,6 @@
-"""What the docs say of a study is what its raw files in results/ say."""
+"""What the docs say of studies and single runs is what their raw files in results/ say."""
 
+import functools
 import itertools
 import json
 import pathlib
@@ -94,3 +95,104 @@ def test_the_page_on_evaluation_shows_a_seed_of_the_study_on_cifar10():
         few = (logistic["0.01 of labels"], logistic["10 a class"])
         cells += [f"{100 * share['mean']:.1f} ± {100 * share['std']:.1f}" for share in few]
         assert f"| {title} | {' | '.join(cells)} |" in page
+
+
+# Single runs, of which the pages on results, methods, reliability, fine-tuning and differences have tables
+
+
+@functools.cache
+def single() -> dict[str, tuple[list[dict[str, float]], dict[str, dict]]]:
+    """Reads the lines of metrics.jsonl and the evaluation at the end of each single run, by the name of the run."""
+    found = {}
+    with tarfile.open(ROOT / "results" / "single_runs" / "runs.tar.xz") as archive:
+        for member in archive:
+            if member.name.endswith("/metrics.jsonl"):
+                folder = member.name.removesuffix("/metrics.jsonl")
+                lines = archive.extractfile(member).read().decode().splitlines()
+                ended = json.loads(archive.extractfile(f"{folder}/evaluation.json").read())["results"]
+                found[folder.rpartition("/")[2]] = [json.loads(line) for line in lines], ended
+    return found
+
+
+def accuracies(run: str, encoder: str = "trained") -> list[float]:
+    """Gives kNN and linear probe with all labels, and both with ten labels of a class, in %."""
+    knn, logistic = (single()[run][1][name][encoder] for name in ("knn", "logistic"))
+    found = knn["weighted"], logistic["all labels"], knn["weighted, 10 a class"]["mean"], logistic["10 a class"]["mean"]
+    return [100 * value for value in found]
+
+
+def spread(values) -> str:
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def short(value: float, digits: int) -> str:
+    """Writes a number below 1 without its 0."""
+    return f"{value:.{digits}f}".removeprefix("0")
+
+
+def last(run: str, metric: str) -> float:
+    return [line[metric] for line in single()[run][0] if metric in line][-1]
+
+
+def over_seeds(title: str, runs: str, encoder: str = "trained") -> str:
+    columns = zip(*(accuracies(f"{runs}_{seed}", encoder) for seed in range(3)), strict=True)
+    return f"| {title} | {' | '.join(map(spread, columns))} |"
+
+
+def row_of_results(title: str, runs: str) -> str:
+    """Gives the row of four accuracies over the seeds, and what each seed says of collapse."""
+    signs = [
+        ", ".join(short(last(f"{runs}_{seed}", f"rep/{metric}"), digits) for seed in range(3))
+        for metric, digits in (("std", 2), ("rank", 1), ("cosine", 3))
+    ]
+    return f"{over_seeds(title, runs)} {' | '.join(signs)} |"
+
+
+def row_of_signs(title: str, run: str) -> str:
+    """Gives the lowest and the last value of the signs of collapse, as shares of the first, and when they alarm."""
+    lines = [line for line in single()[run][0] if "rep/std" in line]
+    signs = [(line["rep/std"], line["rep/rank"], 1 - line["rep/cosine"]) for line in lines]
+    shares = [[now / first for now, first in zip(sign, signs[0], strict=True)] for sign in signs]
+    cells = [f"{short(min(column), 2)}, {short(column[-1], 2)}" for column in zip(*shares, strict=True)]
+    low = [line["step"] for line in lines if line["rep/collapsed"]]
+    ends = "from step {} to the end" if low and low[-1] == lines[-1]["step"] else "steps {} to {}"
+    return f"| {title} | {' | '.join(cells)} | {ends.format(low[0], low[-1]) if low else 'none'} |"
+
+
+ARMS = {"C-JEPA": "cjepa", "I-JEPA": "ijepa", "C-JEPA, no EMA": "cjepa_noema", "I-JEPA, no EMA": "ijepa_noema"}
+COMMANDS = {
+    "vicreg": "vicreg_digits.py",
+    "simsiam": "simsiam_digits.py",
+    "simsiam_nostop": "simsiam_digits.py --config.simsiam.stop_gradient=False",
+    "lejepa": "lejepa_digits.py",
+    "sigreg": "sigreg_digits.py",
+}
+
+
+def expected_rows() -> dict[str, list[str]]:
+    """Gives the rows of the tables, by the page that has them."""
+    baselines = [over_seeds(title, "cjepa", title) for title in ("raw pixels", "untrained")]
+    pixels = "| raw pixels | " + " | ".join(f"{value:.1f}" for value in accuracies("cjepa_0", "raw pixels")[:2])
+    return {
+        "results": [row_of_results(*arm) for arm in ARMS.items()] + [row + " " for row in baselines[1:]],
+        "differences": [over_seeds("offset 0", "cjepa_offset0"), over_seeds("offset 1", "cjepa")],
+        "reliability": [row_of_signs(title, f"{run}_0") for title, run in ARMS.items()],
+        "methods": [
+            f"| `python -m cjepa_jax.main --config=configs/{command}` | "
+            + " | ".join(f"{value:.1f}" for value in accuracies(run)[:2])
+            + f" | {short(last(run, 'rep/std'), 2)} | {last(run, 'rep/rank'):.1f} |"
+            for run, command in COMMANDS.items()
+        ]
+        + [pixels],
+        "finetuning": [
+            f"| {title} | {100 * last(run, 'eval/top1'):.1f} | {100 * last(run, 'eval/top5'):.1f} | "
+            f"{single()[run][1]['accuracy']['parameters']['loss']:.2f} |"
+            for title, run in (("from C-JEPA's target encoder", "finetune"), ("from scratch", "scratch"))
+        ],
+    }
+
+
+@pytest.mark.parametrize("page", ["results", "differences", "reliability", "methods", "finetuning"])
+def test_tables_of_single_runs_say_what_the_runs_say(page):
+    docs = (ROOT / "docs" / f"{page}.md").read_text().splitlines()
+    assert not [row for row in expected_rows()[page] if not any(line.startswith(row) for line in docs)]

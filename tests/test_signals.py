@@ -13,9 +13,13 @@ from tests.test_train import ROOT, SMALL, lines
 DIGITS = ["cjepa_jax.main", "--config=configs/digits.py", *SMALL]
 
 
+# Where the tests run in the background, SIGINT may be ignored.
+HEARD = "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+
+
 def start(*arguments: str, first: str = "") -> Command:
     """Runs a command; the code `first` changes its modules before."""
-    return Command(*arguments, first=f"import sys\n{first}", XLA_FLAGS=QUICK)
+    return Command(*arguments, first=HEARD + first, XLA_FLAGS=QUICK)
 
 
 def end(process: Command | subprocess.Popen[str], sent: int, *, within: float = 3) -> tuple[int, str]:
@@ -34,9 +38,7 @@ COMMANDS += ["data.prepare", "bench.input", "bench.linear"]
 @pytest.mark.parametrize("name", COMMANDS)
 def test_imports_end_at_once_and_without_a_word(name):
     """A process that has imported nothing yet, unlike those that are forked."""
-    # Where the tests run in the background, SIGINT may be ignored.
-    pause = "import runpy, signal, sys, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    pause += "sys.argv[0] = '-m'\nimport cjepa_jax\nclass Pause:\n def find_spec(name, *_):\n"
+    pause = f"{HEARD}sys.argv[0] = '-m'\nimport runpy, time, cjepa_jax\nclass Pause:\n def find_spec(name, *_):\n"
     pause += "  if name == 'absl': print('now', flush=True); time.sleep(60)\n"
     pause += f"sys.meta_path.insert(0, Pause)\nrunpy.run_module('cjepa_jax.{name}', run_name='__main__')"
     where = dict(cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

@@ -109,7 +109,7 @@ def test_sigterm_saves_and_leaves_and_the_same_command_goes_on(tmp_path):
 
 
 def test_probes_report_a_table(make_config, tmp_path, capsys):
-    config = make_config(optim__epochs=0.05, optim__warmup_epochs=0.01, eval__every=2, eval__draws=1)
+    config = make_config(optim__epochs=0.05, optim__warmup_epochs=0.01, eval__every=2, eval__draws=1, eval__images=600)
     loop.train(config, epath.Path(tmp_path / "run"))
     report = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert report["step"] == 4 and report["results"].keys() == {"knn", "logistic"}
@@ -117,9 +117,9 @@ def test_probes_report_a_table(make_config, tmp_path, capsys):
         assert list(rows) == ["trained", "untrained", "raw pixels"]
         assert all(0 <= value <= 1 for row in rows.values() for value in row.values() if isinstance(value, float))
     rows = report["results"]["knn"]
-    assert rows["raw pixels"]["weighted"] > 0.9
+    assert rows["raw pixels"]["weighted"] > 0.8
     printed = capsys.readouterr().out
-    assert f"{100 * rows['trained']['weighted']:.1f}" in printed and "raw pixels" in printed
+    assert f"{100 * rows['trained']['weighted']:.2f}" in printed and "raw pixels" in printed
     probed = [line for line in lines(tmp_path / "run") if "eval/knn" in line and "eval/logistic" in line]
     assert [line["step"] for line in probed] == [2, 4]
     assert probed[-1]["eval/knn"] == rows["trained"]["weighted"]

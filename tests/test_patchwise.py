@@ -158,7 +158,8 @@ def test_the_query_is_a_patch(save, load, drawn, tmp_path):
     encoder = build_encoder(dataclasses.replace(networks.model, layers="unrolled"), grid=(4, 4))
     patches = patchify(((clean / 255 - 0.5) / 0.25).astype(np.float32), 4)  # not of what is outlined
     weights, _ = maps.last_layer(encoder, networks.params["target_encoder"], patches)
-    expected = maps.enlarged(maps.attended(weights, 1 * 4 + 2), grid=(4, 4), shape=(SIZE, SIZE))
+    from_query = np.asarray(weights).mean(axis=1)[:, 1 * 4 + 2] * 16  # not what attends to it
+    expected = maps.enlarged(from_query, grid=(4, 4), shape=(SIZE, SIZE))
     np.testing.assert_allclose(columns["only, step 7\ntarget encoder"], expected, atol=1e-5)
 
 

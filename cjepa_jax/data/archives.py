@@ -14,7 +14,7 @@ from cjepa_jax.errors import require
 
 
 class Place(NamedTuple):
-    """One image of an archive."""
+    """Says where one image of an archive is, how large it is and of which class."""
 
     name: str  # of its file and member, or row
     bytes: int  # of the encoded image; 0 where that is not known without reading it

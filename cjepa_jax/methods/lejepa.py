@@ -39,7 +39,7 @@ class SigregOfViews(sigreg.Sigreg):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LeJEPAConfig(SiameseConfig):
-    """Settings of LeJEPA."""
+    """Holds the settings of a run of LeJEPA: those of its augmented views, SIGReg and the projector."""
 
     sigreg: SigregOfViews = group(SigregOfViews, "The regulariser, its weight against the prediction, the projector.")
 

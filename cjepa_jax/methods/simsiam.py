@@ -43,7 +43,7 @@ class SimSiamHeads:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SimSiamConfig(SiameseConfig):
-    """Settings of SimSiam."""
+    """Holds the settings of a run of SimSiam: those of two augmented views, the two MLPs and the ablations."""
 
     simsiam: SimSiamHeads = group(SimSiamHeads, "Projection and prediction, and the switches of the paper's ablations.")
 
@@ -65,7 +65,7 @@ class SimSiam(Siamese):
 
     @cached_property
     def projector(self) -> Projector:
-        """Builds the projection MLP."""
+        """Builds the projection MLP of the widths `simsiam.projector`, with batch norm on every layer."""
         return Projector(self.config.simsiam.projector, last="norm")
 
     @cached_property

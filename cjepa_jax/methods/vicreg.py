@@ -37,7 +37,7 @@ class VICRegLoss(losses.Coefficients):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VICRegConfig(SiameseConfig):
-    """Settings of VICReg."""
+    """Holds the settings of a run of VICReg: those of two augmented views, the loss and the expander."""
 
     vicreg: VICRegLoss = group(VICRegLoss, "The loss, invariance + variance + covariance, and the expander.")
 
@@ -59,7 +59,7 @@ class VICReg(Siamese):
 
     @cached_property
     def projector(self) -> Projector:
-        """Builds the expander."""
+        """Builds the expander, an MLP of the widths `vicreg.projector` whose last layer has no batch norm."""
         return Projector(self.config.vicreg.projector)
 
     def loss(self, params: Params, outputs: Outputs) -> tuple[Float[Array, ""], Metrics]:

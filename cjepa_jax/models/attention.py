@@ -23,7 +23,7 @@ _SHORT = 320  # tokens, up to which heads side by side were predicted to be fast
 
 
 class Attend(Protocol):
-    """An implementation of attention."""
+    """Computes attention from the product that holds queries, keys and values; `choose` gives an implementation."""
 
     def __call__(
         self, qkv: Float[Array, "S N 3D"], bias: Float[Array, " 3D"], valid: Bool[Array, "S N"] | None, *, heads: int

@@ -75,7 +75,7 @@ class _Watch(threading.Thread):
             self._client.key_value_set(f"{_KEYS}/note", note)
 
     def stop(self) -> None:
-        """Ends the signs of life."""
+        """Ends the thread that gives signs of life; the others then miss this process."""
         self._stopping.set()
         self.join()
 

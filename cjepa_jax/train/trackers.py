@@ -23,13 +23,13 @@ _PROJECT = "cjepa_jax"  # the project or experiment, where the environment names
 
 
 class Tracker(Protocol):
-    """A run in a tracker."""
+    """Follows one run in a service such as Weights & Biases or MLflow."""
 
     name: str
     identity: str  # by which the tracker knows the run when it goes on
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Sends a line."""
+        """Sends the metrics of a step, under the names that metrics.jsonl gives them."""
 
     def close(self) -> None:
         """Waits until everything has been sent, and ends the run there."""
@@ -132,7 +132,7 @@ class Trackers:
         self._trackers = list(trackers)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Sends a line to each."""
+        """Sends the metrics of a step to each tracker that has not failed."""
         self._each(lambda tracker: tracker.write(step, metrics))
 
     def close(self) -> None:

@@ -240,7 +240,7 @@ def _memory() -> dict[str, float]:
 
 
 def duration(seconds: float) -> str:
-    """Writes a time for people."""
+    """Writes a time for people to read: seconds, minutes, or hours and minutes."""
     if seconds < 59.5:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -143,6 +143,22 @@ def test_an_image_shines_through_a_map(tmp_path):
     assert found["bare"] == 1 and found["overlaid"] > 1
 
 
+def test_colours_are_components_stretched_but_for_a_patch_in_a_hundred_at_either_end():
+    features = np.random.default_rng(0).standard_normal((4, 100, 6)) * [1, 2, 3, 4, 5, 6]
+    colours, shares = maps.component_colours(features)
+    flat = features.reshape(400, 6)
+    flat = flat - flat.mean(axis=0)
+    variances, axes = np.linalg.eigh(flat.T @ flat)
+    for component in range(3):
+        axis = axes[:, -1 - component]
+        along = flat @ (axis * np.sign(axis[np.abs(axis).argmax()]))
+        low, high = np.quantile(along, [0.01, 0.99])
+        wanted = ((along - low) / (high - low)).clip(0, 1)
+        np.testing.assert_allclose(colours[..., component], wanted.reshape(4, 100), atol=1e-6)
+        assert ((wanted == 0).sum(), (wanted == 1).sum()) == (4, 4)
+        assert shares[component] == pytest.approx(variances[-1 - component] / variances.sum())
+
+
 def test_the_query_is_a_patch(save, load, drawn, tmp_path):
     """Its attention is shown, it is outlined and named; a checkpoint of one encoder shows one."""
     chosen, frozen, images = load(save("only", towers=("target_encoder",)), baselines=False, attention__query=(1, 2))

@@ -13,7 +13,7 @@ from configs import vitb16
 
 def get_config() -> ConfigDict:
     config = vitb16.get_config()
-    config.model = dict(size="H", patch_size=14, layers="scanned", remat="dots")
+    config.model = dict(size="H", patch_size=14)
     config.predictor = dict(depth=12)
     config.mask = dict(context_tokens=72)  # about what the released code's cut to the batch's minimum leaves
     config.optim = dict(epochs=300.0, warmup_epochs=40.0, learning_rate_start=2e-4)

@@ -14,6 +14,6 @@ from configs import vitb16
 
 def get_config() -> ConfigDict:
     config = vitb16.get_config()
-    config.model = dict(size="L", patch_size=16, layers="scanned", remat="dots")
+    config.model = dict(size="L", patch_size=16)
     config.predictor = dict(depth=12)
     return config

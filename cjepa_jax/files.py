@@ -93,7 +93,7 @@ def write_whole(path: epath.Path, content: str | bytes) -> None:
     if is_remote(path):  # where a file appears whole
         path.write_bytes(raw)
         return
-    temporary = f"{path}{TEMPORARY}"
+    temporary = f"{path}.{os.getpid()}{TEMPORARY}"  # another process may write the same file
     try:
         with storing(path, len(raw)), open(temporary, "wb") as file:
             file.write(raw)

@@ -8,6 +8,9 @@
 --workdir=DIR  where results go; default runs/<name of the config file>
 --plan         says what is to run, what has run, and about how long the rest takes; in a
                new workdir it takes a few steps of every arm to find out, and writes nothing
+--arm=NAME     runs this arm only, and those of further --arm; the tables are left to the
+               command without it. So several processes, each with devices of its own, share
+               out a study in one workdir
 
 First every arm has its trials, which are judged on images held out of the training split.
 Then the best settings of each arm run with every seed. When all of these are finished, the
@@ -32,6 +35,7 @@ from absl import flags
 from cjepa_jax import command
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where results go; default runs/<name of the config file>.")
+_ARM = flags.DEFINE_multi_string("arm", [], "Runs this arm only; may be given several times.")
 _PLAN = flags.DEFINE_bool("plan", False, "Says what is to run and how long it takes.")
 
 
@@ -47,7 +51,7 @@ def _run() -> None:
         if _PLAN.value:
             print(runs.plan(study), flush=True)
         else:
-            runs.run(study)
+            runs.run(study, _ARM.value)
     except lock.LockLostError as error:
         sys.exit(f"error: {error}")
 

@@ -441,6 +441,16 @@ def test_a_file_that_does_not_fit_leaves_the_old_one_and_no_remains(disk):
     assert path.read_text() == "old" and sorted(p.name for p in disk.iterdir()) == ["filler", "results.json"]
 
 
+def test_two_processes_may_write_the_same_file(tmp_path):
+    """As those do that share out a study."""
+    path = tmp_path / "progress.txt"
+    code = f"from etils import epath\nfrom cjepa_jax.files import write_whole\npath = epath.Path({str(path)!r})\n"
+    code += "for _ in range(100): write_whole(path, "
+    both = [commands.Command("", first=f"{code}{text!r})") for text in ("a", "b")]
+    assert [one.wait(60) for one in both] == [0, 0]
+    assert path.read_text() in ("a", "b") and list(tmp_path.iterdir()) == [path]
+
+
 def test_remains_of_killed_conversions_go(trained, tmp_path):
     done = subprocess.Popen(["true"])
     done.wait()

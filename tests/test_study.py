@@ -261,6 +261,40 @@ def test_a_run_that_diverges_is_an_outcome(tmp_path, monkeypatch):
     assert arm["test"]["knn"]["n"] == arm["test"]["knn"]["difference"]["n"] == 1
 
 
+def test_processes_share_out_a_study(tmp_path, monkeypatch, capsys):
+    """Each trains and judges its own arms; the tables are written by a process that has them all."""
+    begun, judged = [], []
+
+    def train(config, folder, compile_step, baselines):
+        begun.append(f"{folder.parent.name}/{folder.name}")
+        folder.mkdir()
+        found = {"knn": {"trained": {"weighted": 0.5}}, "logistic": {"trained": {"all labels": 0.6}}}
+        (folder / "evaluation.json").write_text(json.dumps({"results": found, "step": 6}))
+
+    def judge(folder, evaluation, evaluators, *, baselines, name):
+        judged.append(f"{folder.parent.name}/{folder.name}")
+        (folder / "evaluation").mkdir()
+        found = {"knn": {"trained": {"weighted": 0.4}}}
+        (folder / "evaluation" / "test.knn.json").write_text(json.dumps({"results": found}))
+
+    monkeypatch.setattr(runs.loop, "train", train)
+    monkeypatch.setattr(runs, "judge", judge)
+    for arm in ("C-JEPA", "I-JEPA"):
+        begun.clear()
+        judged.clear()
+        assert runs.run(read(tmp_path / "run", evaluators=("knn",)), only=[arm])
+        assert begun == [f"{arm}/{name}" for name in ("trial0", "trial1", "seed0", "seed1")]
+        assert judged == [f"{arm}/{name}" for name in ("seed0", "seed1")]
+        assert not list((tmp_path / "run").glob("table.*")) and "finished; the tables" not in capsys.readouterr().err
+    begun.clear()
+    judged.clear()
+    assert runs.run(read(tmp_path / "run", evaluators=("knn",)))
+    assert not begun and not judged
+    assert "| C-JEPA | 2 | 40.0 ± 0.0" in (tmp_path / "run" / "table.md").read_text()
+    with pytest.raises(UserError, match=re.escape("--arm='JEPA': the study has no such arm; did you mean 'I-JEPA'?")):
+        runs.run(read(tmp_path / "run", evaluators=("knn",)), only=["I-JEPA", "JEPA"])
+
+
 def test_statistics():
     ours, others = ({seed: x for seed, x in enumerate(found)} for found in NUMBERS)
     found = results.summary(list(ours.values()))
@@ -357,17 +391,28 @@ def test_time_left_is_that_of_the_runs(tmp_path):
 
 @pytest.mark.parametrize(
     "name, images",
-    [("study_collapse_digits", 0), ("study_convergence_cifar10", 20_000), ("study_ablation", 45_000)],
+    [
+        ("study_collapse_digits", 0),
+        ("study_collapse_cifar10", 20_000),
+        ("study_coefficient_cifar10", 20_000),
+        ("study_robustness_cifar10", 20_000),
+        ("study_neighbours_cifar10", 20_000),
+        ("study_convergence_cifar10", 20_000),
+        ("study_convergence_tinyimagenet", 20_000),
+        ("study_ablation", 45_000),
+    ],
 )
 def test_shipped_studies_are_sound(name, images, tmp_path, monkeypatch):
     """Every arm and trial; the images of CIFAR-10 need not be there."""
     if images:
         monkeypatch.setattr(design, "_look", lambda data, split: (images, 10, frozenset(range(10))))
     study = design.read(load_config(name), epath.Path(tmp_path / "run"))
-    assert study.trials >= 2 and len(study.seeds) >= 3 and study.baseline == "I-JEPA"
-    assert len({arm.images_seen for arm in study.arms.values()}) == 1
+    assert study.trials != 1 and len(study.seeds) >= 3 and study.arms[study.baseline].name.count("I-JEPA") == 1
+    seen = [arm.images_seen for arm in study.arms.values()]
+    assert max(seen) - min(seen) < 256  # the rest of the last batch
     number = len(study.arms) * (study.trials + len(study.seeds))
-    assert f"{number} runs of {study.arms['I-JEPA'].steps:,} steps" in (ROOT / f"configs/{name}.py").read_text()
+    says = f"{number} runs of {study.arms[study.baseline].steps:,} steps|{number} runs of {min(seen):,} images"
+    assert re.search(says, (ROOT / f"configs/{name}.py").read_text().replace("\n", " "))
 
 
 def test_the_command_says_mistakes_in_one_line(tmp_path):
@@ -375,3 +420,7 @@ def test_the_command_says_mistakes_in_one_line(tmp_path):
     assert done.returncode == 2 and re.fullmatch(r"error: a study has no '\w+'; .*\n", done.stderr), done.stderr
     done = commands.run("cjepa_jax.study", "--config=study_collapse_digits", "--config.seed=1", "--workdir=x")
     assert done.returncode == 2 and "this command takes no overrides" in done.stderr
+    arguments = "--config=study_collapse_digits", "--arm=JEPA", f"--workdir={tmp_path / 'x'}"
+    done = commands.run("cjepa_jax.study", *arguments)
+    assert done.returncode == 2 and "--arm='JEPA': the study has no such arm" in done.stderr, done.stderr
+    assert not (tmp_path / "x").exists()

@@ -93,6 +93,8 @@ def prepare(source: str, output: str, *, short_side: int = 320, quality: int = 9
     settings: dict[str, Any] = {"short_side": short_side, "quality": quality, "images_a_shard": IMAGES_PER_SHARD}
     settings |= fingerprints
     with _claimed(output):
+        for remains in pathlib.Path(output).glob(f"{_STATE}.*{TEMPORARY}"):  # of a killed command
+            remains.unlink()
         state = _load_state(output, settings)
         shards = _shards(found, state["name"])
         record = functools.partial(_record, root=found.root, settings=settings, features=features)
@@ -138,7 +140,7 @@ def _load_state(output: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Returns the state of an interrupted or finished command with these settings, else a new state."""
     path = os.path.join(output, _STATE)
     if not os.path.exists(path):
-        others = sorted(set(os.listdir(output)) - {_STATE + TEMPORARY})
+        others = sorted(os.listdir(output))
         require(not others, f"--output {output} is not empty, and not from this command: name a new folder")
         words = re.sub(r"[^a-z0-9]+", "_", os.path.basename(os.path.realpath(output)).lower()).strip("_")
         name = words if words[:1].isalpha() else f"images_{words}".strip("_")

@@ -5,11 +5,13 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Collection
 
 import jax
 
 from cjepa_jax import signals
 from cjepa_jax.data import pipeline
+from cjepa_jax.errors import nearest, require
 from cjepa_jax.evaluate.checkpoint import judge
 from cjepa_jax.evaluate.collapse import Collapse
 from cjepa_jax.evaluate.config import Evaluation, Images
@@ -26,32 +28,41 @@ from cjepa_jax.train.nonfinite import DivergedError
 _TIMED_STEPS = 5
 
 
-def run(study: Study) -> bool:
+def run(study: Study, only: Collection[str] = ()) -> bool:
     """Runs all that is left of a study, or until SIGTERM or Ctrl-C; tells whether it is finished.
 
-    Raises UserError for settings that do not fit the data or the devices, before anything is compiled or written, and
-    what else `cjepa_jax.train.loop.train` raises, but for a run that diverges, which is an outcome.
+    With names of arms in `only`, runs and judges what is left of these, and leaves the tables to a call without: so
+    several processes share out a study. Raises UserError for settings that do not fit the data or the devices, before
+    anything is compiled or written, and what else `cjepa_jax.train.loop.train` raises, but for a run that diverges,
+    which is an outcome.
     """
+    for name in only:
+        require(name in study.arms, f"--arm={name!r}: the study has no such arm; {nearest(name, study.arms)}")
     _check(study)
     study.workdir.mkdir(exist_ok=True)
     if not (study.workdir / "study.json").exists():
         write_whole(study.workdir / "study.json", json.dumps(study.describe(), indent=1) + "\n")
+    arms = [arm for name, arm in study.arms.items() if name in only or not only]
+    write = results.write if not only else lambda _: None
     shared = memory.SharedSteps()
-    for arm in study.arms.values():
+    for arm in arms:
         for number in range(len(arm.trials)):
             if not _train(study, arm, study.trial(arm, number), shared):
+                write(study)
                 return False
-    for arm in study.arms.values():
+    for arm in arms:
         for one in results.finals(study, arm).values():
             if not _train(study, arm, one, shared):
+                write(study)
                 return False
-        results.write(study)
-    for arm in study.arms.values():
+        write(study)
+    for arm in arms:
         for one in results.finals(study, arm).values():
             _judge(study, arm, one)
-    results.write(study)
+    write(study)
     _say(study, progress(study))
-    print(f"finished; the tables and figures are in {study.workdir}", file=sys.stderr, flush=True)
+    if not only:
+        print(f"finished; the tables and figures are in {study.workdir}", file=sys.stderr, flush=True)
     return True
 
 
@@ -78,7 +89,6 @@ def _train(study: Study, arm: Arm, one: Run, compile_step: memory.SharedSteps) -
     asked = signals.Stop.newest is not None and signals.Stop.newest.requested  # perhaps while the run was judged
     if results.finished(one) and not asked:
         return True
-    results.write(study)
     print("the study has stopped; the same command goes on from there", file=sys.stderr, flush=True)
     return False
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -16,6 +17,8 @@ from cjepa_jax.models.masking import Masks, target_tokens
 from cjepa_jax.settings import parse
 from cjepa_jax.tpu import chips, cost, flops
 from cjepa_jax.tpu.compile import does_not_fit
+from cjepa_jax.train import sharding
+from cjepa_jax.train.step import build
 from configs import vitb16, vith14, vitti16
 
 
@@ -88,6 +91,7 @@ def test_ti_fits_four_v5e_chips(tmp_path):
     assert report["predicted_step_seconds"] == sum(
         report[f"{part}_seconds"] for part in ("compute", "kernel", "collective")
     )
+    assert 0.01 < report["update_seconds"] / report["predicted_step_seconds"] < 0.3
     assert report["predicted_chip_hours"] == pytest.approx(4 * report["predicted_hours"])
     assert report["steps"] == round(600 * 1281167 / 256)
     reduced = sum(c["times"] * c["operand_bytes"] for c in report["collectives"] if c["opcode"] == "all-reduce")
@@ -154,6 +158,7 @@ def test_every_slice_has_its_chip():
 def test_sixteen_shards_on_tori_of_other_sides():
     code = """
 import os
+import re
 from cjepa_jax import compile as command
 os.environ.update(command.ENVIRONMENT)
 from cjepa_jax.methods import CJEPA
@@ -211,6 +216,14 @@ def test_useful_flops_are_those_of_the_networks():
         params = jax.eval_shape(functools.partial(module.init, jax.random.key(0)), *inputs)
         counted = jax.jit(module.apply).lower(params, *inputs).cost_analysis()["flops"]
         assert expected < counted < 1.1 * expected, name
+
+
+def test_the_update_has_the_name_by_which_its_cost_is_found(make_config):
+    program = build(CJEPA(make_config()), 10, sharding.make_mesh(make_config().mesh))
+    rng = jax.eval_shape(lambda: jax.random.key(0))
+    text = program.step.lower(program.state, program.batch, rng).as_text(debug_info=True)
+    scopes = set(re.findall(r'"jit\(train_step\)/update/(\w+)', text))
+    assert {"mul", "sqrt", "add"} <= scopes and "dot_general" not in scopes
 
 
 def test_the_report_says_that_it_is_a_prediction():

@@ -31,6 +31,7 @@ def describe(compiled: str, chip: chips.Chip, shape: tuple[int, ...]) -> dict[st
         "cycles": program.cycles,
         "costed_operations": len(program.costs),
         "compute_seconds": program.cycles / chip.clock,
+        "update_seconds": sum(c.cycles for c in program.costs if "/update/" in c.source) / chip.clock,
         "kernel_seconds": sum(kernel["seconds"] or 0.0 for kernel in found),
         "kernels": found,
         "collective_seconds": sum(c["seconds"] for c in collectives),
@@ -98,6 +99,11 @@ def format_step(report: dict[str, Any], chip: chips.Chip) -> str:
             f"per image; {report['useful_of_compiled_flops']:.0%} of the compiled products'",
         ),
         ("compute", _ms(report["compute_seconds"]), f"{report['costed_operations']} operations"),
+        (
+            "of it optimizer, EMA",
+            _ms(report["update_seconds"]),
+            f"{report['update_seconds'] / report['predicted_step_seconds']:.1%} of the step",
+        ),
         (
             "kernels",
             _ms(report["kernel_seconds"]),

@@ -76,11 +76,14 @@ def train_step(
     grads, (metrics, features) = jax.grad(loss_fn, has_aux=True)(gather(state.params))
     grads = scatter(grads)
     with jax.numpy_dtype_promotion("standard"):  # optax multiplies floats with its integer step count
-        updates, opt_state = optimizer.build(method, steps, state.params).update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        step_size = optimizer.ema_step_size(config.ema, steps)(state.step)
-        current = {name: params[of] for name, of in method.averaged.items()}
-        averages = optax.incremental_update(current, state.averages, step_size)
+        with jax.named_scope("update"):  # by which tpu/cost.py knows it
+            updates, opt_state = optimizer.build(method, steps, state.params).update(
+                grads, state.opt_state, state.params
+            )
+            params = optax.apply_updates(state.params, updates)
+            step_size = optimizer.ema_step_size(config.ema, steps)(state.step)
+            current = {name: params[of] for name, of in method.averaged.items()}
+            averages = optax.incremental_update(current, state.averages, step_size)
         metrics |= {
             "lr": optimizer.learning_rate(config.optim, steps, config.rate_scale)(state.step),
             "weight_decay": optimizer.weight_decay(config.optim, steps)(state.step),

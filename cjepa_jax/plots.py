@@ -46,7 +46,7 @@ def curves(lines: list[dict[str, Any]], path: epath.Path, panels: Mapping[str, S
         for name in names:
             points = [(line["step"], line[name]) for line in lines if name in line]
             axes.plot(*zip(*points, strict=True), marker="." if len(points) < 20 else "", label=name)
-        axes.set_title(title)
+        axes.set_title(title, y=1.0)  # where it would come anyway: matplotlib's search takes a tenth of the time
         axes.set_xlabel("step")
         axes.tick_params(labelbottom=True)
         axes.set_ylabel(names[0] if len(names) == 1 else names[0].partition("/")[0])

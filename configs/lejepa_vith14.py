@@ -5,9 +5,9 @@
 Wants ImageNet-1k prepared by TFDS; where it is not, the command says how to do that.
 Hardware: a large TPU slice; not yet run.
 The paper's abstract reports 79 % with a linear probe of a ViT-H/14. It trains with further local views, which are
-smaller crops, and was not at hand when this was written: AdamW with a rate of 5e-4, a weight decay of 0.05 and 100
-epochs are as remembered; batch, warm-up, crop and augmentation (that of SimCLR, with solarisation in a fifth of the
-views) are to be checked.
+smaller crops, and its text was not at hand: AdamW with a rate of 5e-4, a weight decay of 0.05 and crops of 0.3 to 1
+are those of a test of stable-pretraining 0.1.8, a library of the authors; 100 epochs are as remembered; batch, warm-up
+and augmentation (that of SimCLR, with solarisation in a fifth of the views) are to be checked.
 """
 
 from ml_collections import ConfigDict

@@ -7,8 +7,7 @@ Hardware: a TPU slice or several GPUs that share the batch; not yet run.
 The paper reports 73.2 % with a linear probe, of a ResNet-50 after 1000 epochs of 2048 images by LARS. It reports
 nothing for a ViT: ours is one, and trains by AdamW with the rates and the weight decay of MoCo v3 (arXiv 2104.02057),
 a published recipe of two views and a ViT: 1.5e-4 times batch / 256, weight decay 0.1, a warm-up of 40 epochs. The
-augmentation is that of BYOL, asymmetric in blur and solarisation, as the authors' code is known to have it (from
-memory, not verified).
+augmentation is that of BYOL, asymmetric in blur and solarisation, as public copies of the authors' code have it.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""VICReg's loss and I-JEPA's predictor beside lightly's, from the same parameters, embeddings and masks.
+"""Losses and networks beside lightly's, from the same parameters, embeddings, directions and masks.
 
 lightly is no requirement of this project. `pip install --no-deps lightly==1.6.0` is enough for these tests:
 
@@ -13,10 +13,11 @@ import torch
 from etils import epath
 
 from cjepa_jax import pretrained
-from cjepa_jax.methods import losses
+from cjepa_jax.methods import losses, sigreg
 from cjepa_jax.methods.vicreg import VICRegLoss
 from cjepa_jax.models.masking import Masks
 from cjepa_jax.models.predictor import PredictorConfig, build_predictor
+from tests.siamese import WIDTH, small_method
 from tests.test_convert import make_networks, to
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # of lightly's own imports
@@ -45,6 +46,79 @@ def test_vicreg(dimensions):
     found = abs(float(loss) / expected.item() - 1), relative(gradient, z.grad)
     print(f"VICReg, 256 x {dimensions}: loss {found[0]:.1e}, gradient {found[1]:.1e}")
     assert max(found) < 2e-6
+
+
+def test_lejepa():
+    """The loss of two global views and its gradient, with the directions of a step and our points of the integral."""
+    module = pytest.importorskip("lightly.loss.lejepa_loss")
+    method = small_method("lejepa", sigreg__projector=(), sigreg__slices=256)
+    seeds = sigreg.seeds(jax.random.key(0), 256)
+    noise = np.random.default_rng(0).standard_normal((3, 256, WIDTH), np.float32)
+    views = (0.6 * noise[:2] + 0.5 * noise[2]).swapaxes(0, 1)
+
+    def ours(views):
+        return method.loss({"projector": {}}, {"views": views, "features": views[:, 0], "seeds": seeds})[0]
+
+    loss, gradient = jax.value_and_grad(ours)(jnp.asarray(views))
+    theirs = module.SIGReg(knots=9, t_max=5.0, num_vectors=256).double()
+    slices = np.asarray(sigreg.directions(seeds, width=WIDTH, slices=256), np.float64)
+    theirs._generate_unit_vectors = lambda *_: torch.tensor(slices)
+    z = torch.tensor(views, dtype=torch.float64, requires_grad=True)
+    projected = z.transpose(0, 1)
+    distance = module.lejepa_invariance_loss(all_proj=projected, global_proj=projected)
+    weight = module.LeJEPALoss().lambda_param
+    assert weight == type(method.config.sigreg)().weight == 0.05
+    expected = weight * theirs(projected) + (1 - weight) * distance
+    expected.backward()
+    found = abs(float(loss) / expected.item() - 1), relative(gradient, z.grad)
+    print(f"LeJEPA, 256 x {WIDTH}: loss {found[0]:.1e}, gradient {found[1]:.1e}")
+    assert max(found) < 5e-6
+
+
+def test_simsiam():
+    """The two MLPs, the loss, and its gradient for the pooled features and every parameter."""
+    heads = pytest.importorskip("lightly.models.modules.heads")
+    method = small_method("simsiam", simsiam__projector=(48, 48, 32), simsiam__hidden=24)
+    random = np.random.default_rng(0)
+    params = {name: tree for name, tree in method.init(jax.random.key(0)).items() if name != "encoder"}
+    params = jax.tree.map(lambda p: random.normal(0.1, 0.4, p.shape).astype(np.float32), params)
+    views = random.standard_normal((64, 2, WIDTH), np.float32)
+
+    def ours(params, views):
+        return method.loss(params, {"views": views, "features": views[:, 0]})[0]
+
+    loss, (of_params, of_views) = jax.value_and_grad(ours, argnums=(0, 1))(params, jnp.asarray(views))
+
+    def tensors(tree):
+        """The tensors of an MLP in the order of lightly's parameters: a layer's kernel and bias, then its norm's."""
+        layers = range(sum(name.startswith("fc") for name in tree))
+        found = [
+            (tree[f"fc{i}"]["kernel"].T, tree[f"fc{i}"].get("bias"), tree.get(f"scale{i}"), tree.get(f"bias{i}"))
+            for i in layers
+        ]
+        return [np.asarray(tensor, np.float64) for layer in found for tensor in layer if tensor is not None]
+
+    theirs = {
+        "projector": heads.SimSiamProjectionHead(WIDTH, 48, 32).double(),
+        "prediction_head": heads.SimSiamPredictionHead(32, 24, 32).double(),
+    }
+    for name, module in theirs.items():
+        for parameter, tensor in zip(module.parameters(), tensors(params[name]), strict=True):
+            assert parameter.shape == tensor.shape
+            parameter.data = torch.tensor(tensor)
+    inputs = torch.tensor(views, dtype=torch.float64, requires_grad=True)
+    z = [theirs["projector"](inputs[:, view]) for view in (0, 1)]
+    p = [theirs["prediction_head"](one) for one in z]
+    distance = pytest.importorskip("lightly.loss").NegativeCosineSimilarity()
+    expected = 0.5 * (distance(p[0], z[1].detach()) + distance(p[1], z[0].detach()))
+    expected.backward()
+    reached = {"loss": abs(float(loss) / expected.item() - 1), "gradient of views": relative(of_views, inputs.grad)}
+    for name, module in theirs.items():
+        for i, (parameter, tensor) in enumerate(zip(module.parameters(), tensors(of_params[name]), strict=True)):
+            reached[f"gradient of {name} {i}"] = relative(tensor, parameter.grad)
+    assert len(reached) == 2 + 7 + 5
+    print("\n".join(f"{what}: {share:.1e}" for what, share in sorted(reached.items(), key=lambda item: -item[1])[:4]))
+    assert max(reached.values()) < 5e-6
 
 
 def test_predictor_of_ijepa(tmp_path):

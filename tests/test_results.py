@@ -67,6 +67,26 @@ def test_the_docs_show_the_table_as_it_is(folder):
         assert any(line.startswith(says) for line in rows), says
 
 
+def test_the_docs_show_every_seed_of_the_study_of_collapse_on_cifar10():
+    """kNN on the test split, seed by seed, and how many seeds had an alarm at any time, and at the end."""
+    folder = ROOT / "results" / "collapse_cifar10"
+    runs, alarms = raw(folder), {}
+    with tarfile.open(folder / "runs.tar.xz") as archive:
+        for run in runs:
+            lines = archive.extractfile(f"{run}/metrics.jsonl").read().decode().splitlines()
+            alarms[run] = [one["rep/collapsed"] for one in map(json.loads, lines) if "rep/collapsed" in one]
+    docs = (ROOT / "docs" / "study.md").read_text().splitlines()
+    arms = json.loads((folder / "study.json").read_text())["arms"]
+    assert len(arms) == 12 and len(runs) == 60
+    for arm in arms:
+        seeds = [f"runs/{arm.replace(' ', '_')}/seed{seed}" for seed in range(5)]
+        knn = ", ".join(f"{100 * runs[seed]['test']['knn']:.1f}" for seed in seeds)
+        ever, last = (
+            sum(map(bool, found)) for found in zip(*((any(alarms[s]), alarms[s][-1]) for s in seeds), strict=True)
+        )
+        assert f"| {arm} | {knn} | {ever} | {last} |" in docs
+
+
 def test_the_readme_quotes_the_study():
     table = (ROOT / "results" / "collapse_digits" / "table.md").read_text().split("## ")[1].splitlines()
     cells = {row.split("|")[1].strip(): row.split("|")[3:7] for row in table if row.startswith("|")}

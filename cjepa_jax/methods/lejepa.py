@@ -6,9 +6,9 @@ Per batch, with z_v [B, d] the projection of view v of V views:
 
 There is neither a moving average, nor a predictor, nor a stop-gradient. In the paper the mean is over the global
 views, and further local views, which are smaller crops, are compared with it; here all views are global and of one
-size. The paper was not at hand: the formula is as it was remembered, and whether its squared distance is a sum or, as
-here, a mean over the d dimensions is not verified, nor is the shape of its projector. methods/sigreg.py has the
-formula of SIGReg.
+size. The paper's text was not at hand: that the squared distance is a mean over the d dimensions, the two weights and
+the shape of the projector are as in lightly, whose loss is written after the authors' code (docs/differences.md).
+methods/sigreg.py has the formula of SIGReg.
 """
 
 import dataclasses

@@ -5,10 +5,10 @@ sample x of N numbers with N(0, 1) by characteristic functions:
 
     T(x) = N integral over t in [-5, 5] of |1/N sum_n exp(i t x_n) - exp(-t^2 / 2)|^2 w(t) dt,   w(t) = exp(-t^2 / 2)
 
-by the trapezoid rule on 17 points; SIGReg is the mean of T over the slices, which are drawn anew in every step. The
-paper was not at hand when this was written: the statistic, its window, the points and the range are as its section 4
-was remembered. There the window is exp(-t^2 / sigma^2) in the text; that sigma^2 is 2 is not verified. N is the global
-batch.
+by the trapezoid rule on 17 points; SIGReg is the mean of T over the slices, which are drawn anew in every step. N is
+the global batch. The paper's text was not at hand. The statistic and its window are those of lightly and of
+stable-pretraining, a library of the authors; both take 17 points from 0 to 3, and the same ones below 0. The two rules
+differ by 0 to 2 % for samples of a std from 0 to 2, and by 4 % for a sample of N(0, 1), whose T is small.
 
 Shapes: B images of the global batch, d embedding width, S slices.
 """

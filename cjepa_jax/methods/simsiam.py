@@ -8,9 +8,8 @@ Per batch, with z_v [B, d] the projection of view v, p_v = h(z_v) the prediction
 There is no moving average. The projection MLP has batch norm on every layer, the last one included; the prediction MLP
 has it on its hidden layer. All of it is over the global batch, apart for each view. With more than two views the loss
 is the mean over all ordered pairs of different views. `simsiam.stop_gradient` and `simsiam.predictor` switch off what
-keeps the method from collapsing (sections 4.1 and 4.2 of the paper). That the last batch norm has no scale and shift,
-and that the last layer of the prediction MLP has a bias, is from memory of the authors' code, which was not at hand to
-verify.
+keeps the method from collapsing (sections 4.1 and 4.2 of the paper). The last batch norm has no scale and shift, and
+the last layer of the prediction MLP has a bias, as in lightly, which has the same MLPs and loss (docs/differences.md).
 """
 
 import dataclasses

@@ -6,9 +6,9 @@ Per batch, with z_v [B, d] the expander's output for view v (equations 1 to 6; t
     v(z) = mean_k max(0, 1 - sqrt(Var_k(z) + 1e-4)),   c(z) = sum_{k != l} Cov(z)_kl^2 / d
 
 There is neither a moving average nor a predictor. The paper's equation 5 sums the squared distance over the d
-dimensions and its equation 6 adds v of both views; the means here are those that the coefficients 25, 25 and 1 are
-known to go with in the authors' code, which was not at hand to verify. With more than two views each term is the mean
-over all pairs.
+dimensions and its equation 6 adds v of both views; the means here are those that go with the coefficients 25, 25 and 1
+in lightly, whose loss is written after the authors' code (docs/differences.md). With more than two views each term is
+the mean over all pairs.
 """
 
 import dataclasses

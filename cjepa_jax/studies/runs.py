@@ -43,26 +43,35 @@ def run(study: Study, only: Collection[str] = ()) -> bool:
     if not (study.workdir / "study.json").exists():
         write_whole(study.workdir / "study.json", json.dumps(study.describe(), indent=1) + "\n")
     arms = [arm for name, arm in study.arms.items() if name in only or not only]
-    write = results.write if not only else lambda _: None
+    done = _train_arms(study, arms, tables=not only)
+    if done:
+        for arm in arms:
+            for one in results.finals(study, arm).values():
+                _judge(study, arm, one)
+    if not only:
+        results.write(study)
+    if not done:
+        print("the study has stopped; the same command goes on from there", file=sys.stderr, flush=True)
+        return False
+    _say(study, progress(study))
+    if not only:
+        print(f"finished; the tables and figures are in {study.workdir}", file=sys.stderr, flush=True)
+    return True
+
+
+def _train_arms(study: Study, arms: Collection[Arm], *, tables: bool) -> bool:
+    """Trains the trials and then the seeds of arms, as far as they are left; tells whether it got to the end."""
     shared = memory.SharedSteps()
     for arm in arms:
         for number in range(len(arm.trials)):
             if not _train(study, arm, study.trial(arm, number), shared):
-                write(study)
                 return False
     for arm in arms:
         for one in results.finals(study, arm).values():
             if not _train(study, arm, one, shared):
-                write(study)
                 return False
-        write(study)
-    for arm in arms:
-        for one in results.finals(study, arm).values():
-            _judge(study, arm, one)
-    write(study)
-    _say(study, progress(study))
-    if not only:
-        print(f"finished; the tables and figures are in {study.workdir}", file=sys.stderr, flush=True)
+        if tables:
+            results.write(study)
     return True
 
 
@@ -87,10 +96,7 @@ def _train(study: Study, arm: Arm, one: Run, compile_step: memory.SharedSteps) -
         write_whole(one.folder / "diverged.txt", f"{error}\n")
         print(f"{one.folder}: {error}; the study goes on", file=sys.stderr, flush=True)
     asked = signals.Stop.newest is not None and signals.Stop.newest.requested  # perhaps while the run was judged
-    if results.finished(one) and not asked:
-        return True
-    print("the study has stopped; the same command goes on from there", file=sys.stderr, flush=True)
-    return False
+    return results.finished(one) and not asked
 
 
 def _judge(study: Study, arm: Arm, one: Run) -> None:

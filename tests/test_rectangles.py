@@ -385,7 +385,7 @@ def test_decoded_patches_come_back_to_their_places():
     def pixels(params, images):
         return patchify(images.astype(jnp.float32) / 255, 2)
 
-    identity = decoder.Linear(np.eye(12), np.zeros(12))
+    identity = decoder.LinearMap(np.eye(12), np.zeros(12))
     np.testing.assert_allclose(decoder._decoded(frozen, pixels, {}, identity, images), images / 255, atol=1e-6)
 
 

@@ -51,14 +51,14 @@ class Moments(NamedTuple):
         return jax.tree.map(operator.add, self, other)
 
 
-class Linear(NamedTuple):
+class LinearMap(NamedTuple):
     """Holds a linear map from the features of a patch to its pixels."""
 
     kernel: Float64[np.ndarray, "D F"]
     bias: Float64[np.ndarray, " F"]
 
 
-def fit(moments: Moments, strength: float) -> Linear:
+def fit(moments: Moments, strength: float) -> LinearMap:
     """Fits ridge regression with a bias that is not shrunk.
 
     It minimises the mean squared error of a patch + alpha |kernel|^2, where alpha is `strength` times the mean variance
@@ -69,10 +69,10 @@ def fit(moments: Moments, strength: float) -> Linear:
     values = values.clip(0)
     alpha = max(strength * values.mean(), np.finfo(np.float64).tiny)  # features may all be the same
     kernel = vectors @ (vectors.T @ (moments.xy / n - np.outer(mean, target)) / (values + alpha)[:, None])
-    return Linear(kernel, target - mean @ kernel)
+    return LinearMap(kernel, target - mean @ kernel)
 
 
-def squared_error(moments: Moments, decoder: Linear) -> float:
+def squared_error(moments: Moments, decoder: LinearMap) -> float:
     """Sums the squared errors of all values of all patches."""
     kernel, bias = decoder
     found = np.sum(kernel * (moments.xx @ kernel)) + moments.patches * bias @ bias + 2 * (moments.x @ kernel) @ bias
@@ -126,7 +126,7 @@ class Decoder(Evaluator):
             )
         }
         rows: Rows = {}
-        decoders: dict[str, Linear] = {}
+        decoders: dict[str, LinearMap] = {}
         for name in params:
             fitted, chosen, judged = (sets[which][name] for which in sets)
             errors = {s: squared_error(chosen, fit(fitted, s)) for s in self.strengths}
@@ -215,7 +215,7 @@ def _moments(
 
 
 def _decoded(
-    frozen: Frozen, apply: Apply, params: Params, decoder: Linear, images: UInt8[np.ndarray, "n H W C"]
+    frozen: Frozen, apply: Apply, params: Params, decoder: LinearMap, images: UInt8[np.ndarray, "n H W C"]
 ) -> Float[np.ndarray, "n H W C"]:
     """Decodes whole images, in [0, 1]."""
     features = np.asarray(jax.jit(apply)(params, images), np.float64)

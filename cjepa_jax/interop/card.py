@@ -34,7 +34,7 @@ class Measured(NamedTuple):
     tables: Mapping[str, Table]  # by evaluator
 
 
-class Run(NamedTuple):
+class TrainedRun(NamedTuple):
     """Holds what a workdir says about the checkpoint that is converted; fields are empty where it says nothing."""
 
     source: str  # the name of its folder or file
@@ -49,7 +49,7 @@ class Run(NamedTuple):
         return parse_flat({"eval.crop_fraction": self.config.get("eval.crop_fraction")}, Eval, "eval.").crop_fraction
 
 
-def read_run(workdir: epath.Path, *, step: int, encoder: str) -> Run:
+def read_run(workdir: epath.Path, *, step: int, encoder: str) -> TrainedRun:
     """Reads what a workdir says about its checkpoint at `step`. Raises UserError for a damaged file."""
     lines = writer.read(workdir)
     last: dict[str, float] = {}
@@ -71,7 +71,7 @@ def read_run(workdir: epath.Path, *, step: int, encoder: str) -> Run:
                 measured.append(Measured(_where(evaluation, config), tables))
         except (AttributeError, TypeError, KeyError, RecursionError):
             raise UserError(f"{path} is damaged: it holds no tables of numbers") from None
-    return Run(workdir.name, encoder, config, last, measured)
+    return TrainedRun(workdir.name, encoder, config, last, measured)
 
 
 def _where(evaluation: Mapping[str, Any], config: Mapping[str, Any]) -> str:
@@ -129,7 +129,7 @@ def _training(config: Mapping[str, Any]) -> str:
     return f"Pre-trained with {name}, self-supervised"
 
 
-def readme(networks: Pretrained, run: Run) -> str:
+def readme(networks: Pretrained, run: TrainedRun) -> str:
     """Returns the card in Markdown."""
     size, patch = networks.model.size, networks.model.patch_size
     head = "head" in networks.params

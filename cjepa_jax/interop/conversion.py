@@ -43,7 +43,7 @@ def convert(
     if opened.kind == "orbax":
         run = card.read_run(pretrained.describe(path)[0], step=networks.step, encoder=chosen[0])
     else:
-        run = card.Run(path.name, chosen[0])
+        run = card.TrainedRun(path.name, chosen[0])
     load_with = [timm.call(networks, str(target))] if kind == "timm" else []
     with _atomically(target) as new:
         formats.WRITERS[kind](new, networks, run)

@@ -51,7 +51,7 @@ def open_folder(path: epath.Path, options: ImportOptions) -> OpenedCheckpoint:
     return safetensors_files.open_tensors("transformers", path, tensors, names, options, classes)
 
 
-def write(path: pathlib.Path, networks: Pretrained, run: card.Run) -> None:
+def write(path: pathlib.Path, networks: Pretrained, run: card.TrainedRun) -> None:
     """Writes config.json, model.safetensors, preprocessor_config.json and a model card, README.md, to a new folder."""
     path.mkdir()
     (path / "config.json").write_text(json.dumps(_config(networks), indent=2) + "\n")
@@ -90,7 +90,7 @@ def _config(networks: Pretrained) -> dict[str, Any]:
     return config
 
 
-def _preprocessor(networks: Pretrained, run: card.Run) -> dict[str, Any]:
+def _preprocessor(networks: Pretrained, run: card.TrainedRun) -> dict[str, Any]:
     """Returns settings that prepare an image as evaluation does: the short side is resized, then the centre is cropped.
 
     Where the networks' images are not square, that is so for images of their aspect ratio. The image processor is

@@ -28,6 +28,10 @@ RATES = (2e-4, 5e-4, 1e-3, 1.5e-3, 2e-3, 4e-3)
 FEWER = (5e-4, 1e-3, 2e-3)  # where a coefficient is tuned, too
 
 
+# What follows an arm's name, and the settings that it stands for.
+AVERAGES: dict[str, dict[str, Any]] = {"": {}, ", no EMA": {"ema": {"start": 0.0, "end": 0.0}}}
+
+
 def views(config: Any, **more: Any) -> dict[str, Any]:
     """A method of two augmented views, on the same images, encoder and number of epochs."""
     values = config.to_dict()
@@ -49,7 +53,7 @@ def terms(rates: dict[str, Any], both: dict[str, Any]) -> dict[str, Any]:
         "all": ({}, both),
     }
     arms = {}
-    for ema, average in (("", {}), (", no EMA", {"ema": {"start": 0.0, "end": 0.0}})):
+    for ema, average in AVERAGES.items():
         for name, (vicreg, tune) in given.items():
             arms[name + ema] = dict(settings={"vicreg": vicreg, **average}, tune=tune)
     return arms

@@ -12,6 +12,7 @@ Not yet run.
 from typing import Any
 
 from configs import study_collapse_cifar10
+from configs.study_collapse_digits import name
 
 
 def get_config() -> dict[str, Any]:
@@ -23,13 +24,12 @@ def get_config() -> dict[str, Any]:
         rate = 1e-3 * (batch / 64) ** 0.5
         cells[f"batch {batch}"] = dict(data=dict(batch_size=batch), optim=dict(learning_rate=rate))
     arms = {
-        f"{cell}, {study_collapse_cifar10.name(weight)}": dict(settings=dict(vicreg=dict(weight=weight), **settings))
+        f"{cell}, {name(weight)}": dict(settings=dict(vicreg=dict(weight=weight), **settings))
         for cell, settings in cells.items()
         for weight in (0.0, 0.003, 0.01, 0.03, 0.1)
     }
     return dict(
         study_collapse_cifar10.get_config(),
-        base=study_collapse_cifar10.base(),
         arms=arms,
         baseline="base, I-JEPA",
         seeds=(0, 1, 2),

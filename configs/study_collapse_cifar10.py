@@ -10,34 +10,11 @@ run, or a GPU.
 
 from typing import Any
 
-from configs import study_convergence_cifar10
-
-COEFFICIENTS = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1)
-
-
-def base() -> dict[str, Any]:
-    """The base of study_convergence_cifar10, with the learning rate that I-JEPA chose there."""
-    settings: dict[str, Any] = study_convergence_cifar10.get_config()["base"]
-    settings["optim"] |= dict(learning_rate=1e-3)
-    return settings
-
-
-def name(weight: float) -> str:
-    """The name of the arm with a coefficient."""
-    return f"C-JEPA {weight}" if weight else "I-JEPA"
+from configs import study_collapse_digits, study_convergence_cifar10
 
 
 def get_config() -> dict[str, Any]:
-    arms = {}
-    for ema, average in (("", {}), (", no EMA", {"ema": {"start": 0.0, "end": 0.0}})):
-        for weight in COEFFICIENTS:
-            arms[name(weight) + ema] = {"settings": {"vicreg": {"weight": weight}, **average}}
-    return dict(
-        base=base(),
-        arms=arms,
-        baseline="I-JEPA",
-        seeds=(0, 1, 2, 3, 4),
-        splits=dict(train="train[:40%]", held_out="train[90%:]", test="test"),
-        probes=2,
-        evaluators=("knn", "logistic", "collapse"),
-    )
+    study = study_convergence_cifar10.get_config()
+    study["base"]["optim"] |= dict(learning_rate=1e-3)  # which I-JEPA chose there
+    arms = study_collapse_digits.get_config()["arms"]
+    return dict(study, arms=arms, seeds=(0, 1, 2, 3, 4), probes=2)

@@ -9,13 +9,20 @@ better one runs with five seeds: 84 runs of 898 steps. Hardware: 2 CPU cores; do
 
 from typing import Any
 
+from configs.study_ablation import AVERAGES
+
+
+def name(weight: float) -> str:
+    """Names the arm with a coefficient."""
+    return f"C-JEPA {weight}" if weight else "I-JEPA"
+
 
 def get_config() -> dict[str, Any]:
-    arms = {}
-    for ema, average in (("", {}), (", no EMA", {"ema": {"start": 0.0, "end": 0.0}})):
-        for weight in (0.0, 0.001, 0.003, 0.01, 0.03, 0.1):
-            name = f"C-JEPA {weight}" if weight else "I-JEPA"
-            arms[name + ema] = {"settings": {"vicreg": {"weight": weight}, **average}}
+    arms = {
+        name(weight) + ema: {"settings": {"vicreg": {"weight": weight}, **average}}
+        for ema, average in AVERAGES.items()
+        for weight in (0.0, 0.001, 0.003, 0.01, 0.03, 0.1)
+    }
     return dict(
         base="digits",
         arms=arms,

@@ -21,14 +21,11 @@ def get_config() -> dict[str, Any]:
     views = dict(shared, data=shared["data"] | dict(crop_scale=(0.2, 1.0), flip=0.5, color=0.5))
     views["views"] = dict(blur=(0.0, 0.0))
     rates = (5e-4, 1e-3, 2e-3, 4e-3)
-    both = {"optim.learning_rate": (1e-3, 2e-3)}
+    both = {"optim.learning_rate": (1e-3, 2e-3), "sigreg.weight": (0.02, 0.05)}
     arms = {name: study["arms"][name] for name in ("I-JEPA", "all")}
-    arms["SIGReg"] = dict(
-        settings=dict(vicreg=dict(weight=0.0), sigreg=dict(slices=256)), tune=both | {"sigreg.weight": (0.02, 0.05)}
-    )
+    arms["SIGReg"] = dict(settings=dict(vicreg=dict(weight=0.0), sigreg=dict(slices=256)), tune=both)
     arms["LeJEPA"] = dict(
-        base=dict(views, method="lejepa", sigreg=dict(projector=(512, 512, 64), slices=256)),
-        tune=both | {"sigreg.weight": (0.02, 0.05)},
+        base=dict(views, method="lejepa", sigreg=dict(projector=(512, 512, 64), slices=256)), tune=both
     )
     arms["SimSiam"] = dict(
         base=dict(views, method="simsiam", simsiam=dict(projector=(512, 512, 512), hidden=128)),

@@ -5,13 +5,14 @@
 
 I-JEPA and C-JEPA with the coefficient .01: six learning rates, five momenta at the start (they end at 1) and two
 initialisations, one changed at a time, with three seeds; nothing is tuned: 66 runs of 1,875 steps of 64 images, as in
-study_convergence_cifar10, whose data it wants. Hardware: one CPU core, 4 minutes a run, or a GPU. Not
-yet run.
+study_convergence_cifar10, whose data it wants. Hardware: one CPU core, 4 minutes a run, or a GPU.
+Not yet run.
 """
 
 from typing import Any
 
 from configs import study_collapse_cifar10
+from configs.study_collapse_digits import name
 
 
 def get_config() -> dict[str, Any]:
@@ -21,13 +22,12 @@ def get_config() -> dict[str, Any]:
     changes |= {f"momentum {start}": dict(ema=dict(start=start)) for start in (0.9, 0.95, 0.99, 0.996)}
     changes["normal init"] = dict(model=dict(init="normal"))
     arms = {
-        f"{study_collapse_cifar10.name(weight)}, {change}": dict(settings=dict(vicreg=dict(weight=weight), **settings))
+        f"{name(weight)}, {change}": dict(settings=dict(vicreg=dict(weight=weight), **settings))
         for weight in (0.0, 0.01)
         for change, settings in changes.items()
     }
     return dict(
         study_collapse_cifar10.get_config(),
-        base=study_collapse_cifar10.base(),
         arms=arms,
         baseline="I-JEPA, rate 0.001",
         seeds=(0, 1, 2),

@@ -11,12 +11,13 @@ Hardware: one CPU core, 4 minutes a run, or a GPU.
 from typing import Any
 
 from configs import study_collapse_cifar10
+from configs.study_ablation import AVERAGES
 
 
 def get_config() -> dict[str, Any]:
     study = study_collapse_cifar10.get_config()
     arms = {name: study["arms"][name] for name in ("I-JEPA", "C-JEPA 0.03", "C-JEPA 0.03, no EMA")}
-    for ema, average in (("", {}), (", no EMA", {"ema": {"start": 0.0, "end": 0.0}})):
+    for ema, average in AVERAGES.items():
         terms = {"weight": 0.03, "invariance": 0.0}
         arms[f"variance and covariance 0.03{ema}"] = {"settings": {"vicreg": terms, **average}}
     return dict(study, arms=arms, seeds=(0, 1, 2))

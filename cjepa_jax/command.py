@@ -200,7 +200,7 @@ def run(body: Callable[[], None], doc: str) -> None:
     """
     # What is compiled is kept for the next start; jax reads this when it is imported, which is later.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/cjepa_jax/xla"))
-    if not _may_have_tpu():  # libtpu, where it is installed, would print a dozen lines about a TPU that is not there
+    if not may_have_tpu():  # libtpu, where it is installed, would print a dozen lines about a TPU that is not there
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     sys.stderr = _Stderr(sys.stderr)  # type: ignore[assignment]
@@ -227,7 +227,7 @@ def run(body: Callable[[], None], doc: str) -> None:
             sys.exit(2)
 
 
-def _may_have_tpu(devices: str = "/sys/bus/pci/devices") -> bool:
+def may_have_tpu(devices: str = "/sys/bus/pci/devices") -> bool:
     """Tells whether a PCI device of this machine is Google's, by which JAX, too, knows a TPU."""
     files = pathlib.Path(devices).glob("*/vendor")
     return any(file.read_text().strip() == "0x1ae0" for file in files)

@@ -54,7 +54,7 @@ def curves(lines: list[dict[str, Any]], path: epath.Path, panels: Mapping[str, S
             axes.legend()
         if title == "Regulariser's terms":
             axes.set_yscale("log")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def masks(images: np.ndarray, sampled: Masks, path: epath.Path, *, grid: tuple[int, int]) -> None:
@@ -84,7 +84,7 @@ def masks(images: np.ndarray, sampled: Masks, path: epath.Path, *, grid: tuple[i
             axes.text(left + wide / 2, top - 0.03 * side, f"{title} ({members.sum()})", ha="center", va="bottom")
     axes.imshow(drawn)
     axes.set_axis_off()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def spectra(found: Mapping[str, np.ndarray], path: epath.Path) -> None:
@@ -99,7 +99,7 @@ def spectra(found: Mapping[str, np.ndarray], path: epath.Path) -> None:
     axes.set_xlabel("principal axis")
     axes.set_ylabel("std along it / largest")
     axes.legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def bands(panels: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]], path: epath.Path, *, label: str) -> None:
@@ -122,7 +122,7 @@ def bands(panels: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]], pat
         text: handle for axes in figure.axes for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=4)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def bars(panels: Mapping[str, Mapping[str, Sequence[float]]], path: epath.Path) -> None:
@@ -139,7 +139,7 @@ def bars(panels: Mapping[str, Mapping[str, Sequence[float]]], path: epath.Path) 
         axes.set_yticks(range(len(names)), names)
         axes.set_title(title)
     grid.flat[0].invert_yaxis()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def side_by_side(
@@ -175,7 +175,7 @@ def side_by_side(
             coloured = drawn if is_map else coloured
         if coloured and under is None:
             figure.colorbar(coloured, ax=panels, fraction=0.05, pad=0.01)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 class Panel(NamedTuple):
@@ -208,7 +208,7 @@ def panels(rows: Sequence[Sequence[Panel]], path: epath.Path, *, title: str) -> 
                 color = "tab:green" if panel.agrees else "tab:orange"
                 axes.add_patch(Rectangle((left, bottom - tall), 1, tall, fill=False, edgecolor=color, linewidth=2))
     axes.set(xlim=(0, width), ylim=(height * len(rows) + 0.3, 0), aspect="auto")  # imshow has changed them
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def maps(rows: Mapping[str, Mapping[str, np.ndarray]], classes: np.ndarray, path: epath.Path, *, title: str) -> None:
@@ -239,7 +239,7 @@ def maps(rows: Mapping[str, Mapping[str, np.ndarray]], classes: np.ndarray, path
         handles, labels = grid.flat[0].get_legend_handles_labels()
         short = [textwrap.shorten(label, 24, placeholder="...") for label in labels]
         figure.legend(handles, short, loc="outside right center", markerscale=2)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _members(idx: Any, valid: Any, grid: tuple[int, int]) -> np.ndarray:
@@ -248,7 +248,8 @@ def _members(idx: Any, valid: Any, grid: tuple[int, int]) -> np.ndarray:
     return members
 
 
-def _save(figure: Figure, path: epath.Path) -> None:
+def save_figure(figure: Figure, path: epath.Path) -> None:
+    """Writes a figure as PNG, whole or not at all."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=120)
     write_whole(path, buffer.getvalue())

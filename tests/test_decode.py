@@ -160,7 +160,7 @@ def test_a_shrunk_decode_does_not_move_the_picture(box):
 @pytest.mark.parametrize("scale", [0.4, 1.0, 1.2, 1.5, 2.0, 2.2, 3.0, 5.5])
 def test_the_low_pass_has_the_variance_that_a_triangle_wants(scale):
     """Linear interpolation has 1/6 in the mean, Pillow's triangle scale^2 / 6: the taps add the difference."""
-    taps = decode._low_pass(scale).astype(float)
+    taps = decode.low_pass(scale).astype(float)
     offsets = np.arange(len(taps)) - len(taps) // 2
     assert taps.sum() == pytest.approx(1) and (taps >= 0).all()
     assert (taps * offsets**2).sum() == pytest.approx(max(0, scale**2 - 1) / 6, rel=1e-5, abs=1e-6)

@@ -50,7 +50,7 @@ def test_a_linear_encoder_is_decoded_exactly(save, load, drawn, tmp_path, monkey
     chosen, frozen, images = load(save("run"))
     widths = {"trained": 48, "context encoder": 24, "untrained": 8}
     shown = {name: {"shown": jax.numpy.zeros(width)} for name, width in widths.items()}
-    monkeypatch.setattr(decoder, "_encoders", lambda frozen: shown)
+    monkeypatch.setattr(decoder, "shown_encoders", lambda frozen: shown)
     rows = chosen.decoder.run(frozen, tmp_path / "x")
     assert rows["trained"]["R2"] == pytest.approx(1, abs=1e-6) and rows["trained"]["strength"] == 1e-8
     assert 0.3 < rows["context encoder"]["R2"] < 0.7 and 0 < rows["untrained"]["R2"] < 0.3
@@ -69,7 +69,7 @@ def test_both_encoders_of_a_checkpoint_are_judged_on_test_images(save, load, tmp
     chosen.decoder.check(frozen)
     rows = chosen.decoder.run(frozen, None)
     assert [*rows] == ["trained", "context encoder", "untrained"]
-    params = decoder._encoders(frozen)
+    params = decoder.shown_encoders(frozen)
     extractor = decoder._extractor(frozen, params)
     targets = np.asarray(patchify(images / 255, 4)).reshape(-1, 48)
     for name, row in rows.items():

@@ -271,7 +271,7 @@ def test_parameters_are_cut_over_sixteen_devices_where_there_are_so_many(monkeyp
 
 def test_a_network_too_small_for_sixteen_shards_stays_whole(make_config, monkeypatch):
     """Only where mesh.fsdp is left open, here to the 8 devices that there are."""
-    monkeypatch.setattr(sharding, "_SHARDS", 8)
+    monkeypatch.setattr(sharding, "SHARDS", 8)
     config = make_config(model__size="40x2x2", predictor__width=40)
     mesh = sharding.make_mesh(config.mesh)
     assert dict(mesh.shape) == {"data": 1, "fsdp": 8}
@@ -281,7 +281,7 @@ def test_a_network_too_small_for_sixteen_shards_stays_whole(make_config, monkeyp
 
 
 def test_the_default_cuts_where_it_can_and_one_device_has_no_constraints(make_config, monkeypatch):
-    monkeypatch.setattr(sharding, "_SHARDS", 8)
+    monkeypatch.setattr(sharding, "SHARDS", 8)
     config = make_config(**WIDE)
     cut = build(CJEPA(config), 10, sharding.make_mesh(config.mesh))
     asked = make_config(**WIDE, mesh__fsdp=8)

@@ -223,7 +223,7 @@ def seal(folder, monkeypatch):
 def test_main(examples, place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(jax.distributed, "initialize", lambda **_: None)
-    monkeypatch.setattr(distributed, "_reach", lambda *_: None)
+    monkeypatch.setattr(distributed, "reach", lambda *_: None)
     monkeypatch.setattr(
         loop, "train", lambda config, workdir, init, profile, extend: setup.set_up(config, workdir, init)
     )
@@ -284,8 +284,8 @@ def test_compile(examples, place, tmp_path, monkeypatch):
     def compiling_begins(*_, **__):
         raise CompilingError
 
-    monkeypatch.setattr(compiling, "_lower", compiling_begins)
-    monkeypatch.setattr(compiling, "_lower_layer", compiling_begins)
+    monkeypatch.setattr(compiling, "lower_step", compiling_begins)
+    monkeypatch.setattr(compiling, "lower_layer", compiling_begins)
     known = [[f"--config={ROOT}/configs/digits.py", *SMALL, "--topology=v5e:2x4", *more] for more in ([], ["--layer"])]
     check_command("cjepa_jax.compile", known, examples, place, monkeypatch)
 

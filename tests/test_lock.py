@@ -105,7 +105,7 @@ class Store:
 def store(request, tmp_path, monkeypatch) -> Store:
     monkeypatch.setattr(lock, "BEAT", 0.1)
     monkeypatch.setattr(lock, "LEASE", 1.0)
-    monkeypatch.setattr(lock, "_POLL", 0.1)
+    monkeypatch.setattr(lock, "POLL", 0.1)
     if request.param == "disk":
         return Store(epath.Path(tmp_path / "run"), None)
     bucket = Bucket()
@@ -120,7 +120,7 @@ def store(request, tmp_path, monkeypatch) -> Store:
 def owner(**changes) -> dict:
     """This process as an owner of a lock."""
     me = {"host": "tpu-7", "process": os.getpid(), "since": "2026-11-25 10:00:00 UTC", "token": "x"}
-    return me | {"machine": lock._machine(), "started": lock._started(os.getpid())} | changes
+    return me | {"machine": lock.this_machine(), "started": lock.start_time(os.getpid())} | changes
 
 
 def until(true) -> None:
@@ -150,7 +150,7 @@ def ended() -> int:
 
 def zombie() -> int:
     process = subprocess.Popen(["true"], stdout=subprocess.DEVNULL)
-    until(lambda: lock._started(process.pid) is None)
+    until(lambda: lock.start_time(process.pid) is None)
     zombies.append(process)
     return process.pid
 
@@ -208,7 +208,7 @@ def test_an_owner_on_another_machine_that_leaves_holds_nobody_up(store):
 def test_the_owner_gives_signs_of_life(store, monkeypatch):
     """To someone who cannot see its process."""
     with Lock(store.workdir):
-        monkeypatch.setattr(lock, "_machine", lambda: "other")
+        monkeypatch.setattr(lock, "this_machine", lambda: "other")
         with pytest.raises(UserError, match="is in use by"), Lock(store.workdir):
             pass
 

@@ -35,7 +35,7 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for(make_config, tmp_path, mo
 
     with monkeypatch.context() as patch:  # in the final report
         patch.setattr(during.report, "write", killed)
-        patch.setattr(loop._Curves, "SECONDS", 0.0)
+        patch.setattr(loop.Curves, "SECONDS", 0.0)
         with pytest.raises(KeyboardInterrupt):
             loop.train(config, epath.Path(workdir))
     assert [line["step"] for line in lines(workdir)] == [1, 2, 2, 3, 4] and not (workdir / "evaluation.json").exists()

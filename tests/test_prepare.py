@@ -153,7 +153,7 @@ def test_few_results_are_held(monkeypatch):
                 begun.append(item)
             return item
 
-        for item in prepare._in_order(pool, work, range(100), window=6):
+        for item in prepare.in_order(pool, work, range(100), window=6):
             assert item == taken
             time.sleep(0.001)
             taken += 1
@@ -487,6 +487,6 @@ def test_a_foreign_prepare_json_is_refused(tmp_path, source, text):
 
 
 def test_two_commands_at_once_are_refused(tmp_path, source):
-    with prepare._claimed(str(tmp_path / "out")), pytest.raises(UserError, match="another command is writing into"):
+    with prepare.claimed(str(tmp_path / "out")), pytest.raises(UserError, match="another command is writing into"):
         prepare.prepare(str(source), str(tmp_path / "out"))
     prepare.prepare(str(source), str(tmp_path / "out"))

@@ -495,7 +495,7 @@ def test_a_file_must_say_a_shape_that_fits(wide, tmp_path, said, says):
 
 def test_masks_are_drawn_on_their_patches(tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
     images = np.full((1, 8, 16, 1), 255, np.uint8)
     everywhere = np.ones((1, 2), bool)
     shown = Masks(np.array([[1, 15]]), everywhere, np.array([[[7, 31]]]), everywhere[None])
@@ -511,7 +511,7 @@ def test_masks_are_drawn_on_their_patches(tmp_path, monkeypatch):
 
 def test_neighbours_keep_the_shape_of_the_images(tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
     panel = plots.Panel(np.zeros((8, 16, 3), np.uint8), "a", True)
     plots.panels([[panel] * 3], epath.Path(tmp_path / "x.png"), title="t")
     (axes,) = figures[0].axes

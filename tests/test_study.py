@@ -406,7 +406,7 @@ def test_time_left_is_that_of_the_runs(tmp_path):
 def test_shipped_studies_are_sound(name, images, tmp_path, monkeypatch):
     """Every arm and trial; the images of CIFAR-10 need not be there."""
     if images:
-        monkeypatch.setattr(design, "_look", lambda data, split: (images, 10, frozenset(range(10))))
+        monkeypatch.setattr(design, "look_at", lambda data, split: (images, 10, frozenset(range(10))))
     study = design.read(load_config(name), epath.Path(tmp_path / "run"))
     assert study.trials != 1 and len(study.seeds) >= 3 and study.arms[study.baseline].name.count("I-JEPA") == 1
     seen = [arm.images_seen for arm in study.arms.values()]

@@ -64,7 +64,7 @@ def test_the_time_left_has_a_unit_that_fits(seconds, says):
 
 def test_curves_have_labels_and_no_empty_panel(tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
     lines = [{"step": step, "loss/total": 1.0, "rep/std": 0.5, "images_per_second": 8.0} for step in (1, 2)]
     panels = {"Loss": ("loss/total", "loss/prediction"), "Std": ("rep/std", "rep/cosine"), "Accuracy": ("eval/knn",)}
     plots.curves([*lines, {"step": 2, "rep/cosine": 0.1}], tmp_path / "x.png", panels)
@@ -107,10 +107,10 @@ def test_lines_of_old_runs_are_read_and_gone_on_from(tmp_path, clock):
 
 def test_the_peak_counts_what_the_method_needs(make_config, monkeypatch):
     method = CJEPA(make_config())
-    assert loop._peak(method) is None
+    assert loop.peak_rate(method) is None
     monkeypatch.setattr(chips, "peak_flops", lambda kind: 1e12)
     needed = flops.step(method.transformers().values())
-    assert loop._peak(method) == pytest.approx(jax.device_count() * 1e12 / needed)
+    assert loop.peak_rate(method) == pytest.approx(jax.device_count() * 1e12 / needed)
 
 
 def test_peaks_of_known_devices():
@@ -123,6 +123,6 @@ def test_a_tpu_is_known_by_its_maker(tmp_path):
     for name, vendor in (("a", "0x8086"), ("b", "0x1af4")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "vendor").write_text(f"{vendor}\n")
-    assert not command._may_have_tpu(str(tmp_path)) and not command._may_have_tpu(str(tmp_path / "none"))
+    assert not command.may_have_tpu(str(tmp_path)) and not command.may_have_tpu(str(tmp_path / "none"))
     (tmp_path / "b" / "vendor").write_text("0x1ae0\n")
-    assert command._may_have_tpu(str(tmp_path))
+    assert command.may_have_tpu(str(tmp_path))

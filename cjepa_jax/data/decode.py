@@ -243,7 +243,7 @@ def _resize_fast(pixels: np.ndarray, box: CropBox, size: tuple[int, int], shrink
         left, top, x, y = (left - x) * share_x, (top - y) * share_y, 0, 0
         scale_x, scale_y = scale_x * share_x, scale_y * share_y
     if max(scale_x, scale_y) > 1:
-        pixels = cv2.sepFilter2D(pixels, -1, _low_pass(scale_x), _low_pass(scale_y), borderType=cv2.BORDER_REPLICATE)
+        pixels = cv2.sepFilter2D(pixels, -1, low_pass(scale_x), low_pass(scale_y), borderType=cv2.BORDER_REPLICATE)
     if shrink == 1:
         return cv2.resize(pixels, size, interpolation=cv2.INTER_LINEAR)
     # The edges of the box lie between pixels.
@@ -252,7 +252,7 @@ def _resize_fast(pixels: np.ndarray, box: CropBox, size: tuple[int, int], shrink
     return cv2.warpAffine(pixels, mapping, size, flags=flags, borderMode=cv2.BORDER_REPLICATE)
 
 
-def _low_pass(scale: float) -> Float32[np.ndarray, " taps"]:
+def low_pass(scale: float) -> Float32[np.ndarray, " taps"]:
     """Returns taps that, followed by linear interpolation, come close to the triangle of half-width `scale`.
 
     They mix the two triangles of the whole half-widths next to `scale`, so that

@@ -92,7 +92,7 @@ def prepare(source: str, output: str, *, short_side: int = 320, quality: int = 9
     # Folders that are half prepared know these keys.
     settings: dict[str, Any] = {"short_side": short_side, "quality": quality, "images_a_shard": IMAGES_PER_SHARD}
     settings |= fingerprints
-    with _claimed(output):
+    with claimed(output):
         for remains in pathlib.Path(output).glob(f"{_STATE}.*{TEMPORARY}"):  # of a killed command
             remains.unlink()
         state = _load_state(output, settings)
@@ -120,7 +120,7 @@ def _list(source: str) -> tuple[folder.Folder, dict[str, str]]:
 
 
 @contextlib.contextmanager
-def _claimed(output: str) -> Iterator[None]:
+def claimed(output: str) -> Iterator[None]:
     """Keeps other commands from writing into the folder at the same time."""
     os.makedirs(output, exist_ok=True)
     handle = os.open(output, os.O_RDONLY)
@@ -189,7 +189,7 @@ def _write_shards(
         _pool(threads) as pool,
         tqdm(total=total, initial=total - left, unit="image", disable=not sys.stderr.isatty()) as bar,
     ):
-        results = _in_order(pool, record, files, window=2 * threads)
+        results = in_order(pool, record, files, window=2 * threads)
         for shard in todo:
             path = os.path.join(output, shard.name)
             state["shards"][shard.name] = _write_shard(path, shard.files, results, bar)
@@ -209,7 +209,7 @@ def _pool(threads: int) -> Iterator[Executor]:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _in_order(pool: Executor, function: Callable, items: Iterable, *, window: int) -> Iterator:
+def in_order(pool: Executor, function: Callable, items: Iterable, *, window: int) -> Iterator:
     """Works like `pool.map`, but holds at most `window` results."""
     futures: collections.deque[Future] = collections.deque()
     for item in items:

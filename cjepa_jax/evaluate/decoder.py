@@ -112,7 +112,7 @@ class Decoder(Evaluator):
 
         Draws STEM.decoder.png. Raises UserError where no image can be read, or where all patches are the same.
         """
-        params = _encoders(frozen)
+        params = shown_encoders(frozen)
         train, test = (frozen.sampled(reader, self.images) for reader in (frozen.train, frozen.test))
         held = train[::_HELD_OUT]
         kept = np.setdiff1d(train, held).tolist()
@@ -161,7 +161,7 @@ class Decoder(Evaluator):
         ]
 
 
-def _encoders(frozen: Frozen) -> dict[str, Params]:
+def shown_encoders(frozen: Frozen) -> dict[str, Params]:
     """Lists the encoders with features of their own, the checkpoint's other one behind the judged one."""
     found = {name: params for name, params in frozen.params.items() if name != PIXELS}
     if frozen.origin and TRAINED in found:

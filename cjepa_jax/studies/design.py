@@ -195,7 +195,7 @@ def _arm(
     trials = [dict(zip(tune, choice, strict=True)) for choice in itertools.product(*tune.values())] if tune else []
     config = _parse(values, name)
     with _naming(name):
-        (images, classes, labels), (_, _, found) = (_look(config.data, splits[one]) for one in ("train", "held_out"))
+        (images, classes, labels), (_, _, found) = (look_at(config.data, splits[one]) for one in ("train", "held_out"))
         require(
             len(labels) > 1 and bool(found), "its images have no labels of several classes, by which a study judges"
         )
@@ -220,7 +220,7 @@ def _arm(
 
 
 @functools.lru_cache
-def _look(data: Data, split: str) -> tuple[int, int, frozenset[int]]:
+def look_at(data: Data, split: str) -> tuple[int, int, frozenset[int]]:
     """Counts images and classes of a split, and lists the labels that there are."""
     source = sources.load(data, split)
     labels = source.labels() if source.classes else []

@@ -33,12 +33,12 @@ def make_mesh(config: Mesh, topology: str) -> jax.sharding.Mesh:
     return sharding.make_mesh(config, devices)  # type: ignore[arg-type]
 
 
-def _lower(program: Program) -> jax.stages.Lowered:
+def lower_step(program: Program) -> jax.stages.Lowered:
     """Lowers the training step that `train` runs from shapes alone."""
     return program.step.trace(program.state, program.batch, jax.eval_shape(lambda: jax.random.key(0))).lower()
 
 
-def _lower_layer(config: Config, mesh: jax.sharding.Mesh, stack: Transformer, *, sequences: int) -> jax.stages.Lowered:
+def lower_layer(config: Config, mesh: jax.sharding.Mesh, stack: Transformer, *, sequences: int) -> jax.stages.Lowered:
     """Lowers one block on tokens of `model.dtype`, with its gradients where the stack is trained."""
     dtype = jnp.dtype(config.model.dtype)
     attend = attention.choose(
@@ -139,7 +139,7 @@ def compile_step(config: Config, topology: str, *, images: int, classes: int) ->
     program = build(method, steps, mesh)
     with jax.set_mesh(mesh):
         with _progress("tracing the training step"):
-            lowered = _lower(program)
+            lowered = lower_step(program)
         compiled, seconds = _compile(lowered, f"compiling it for {topology}")
     stacks = method.transformers()
     report: dict[str, Any] = {
@@ -161,7 +161,7 @@ def compile_layers(config: Config, topology: str, *, classes: int) -> dict[str, 
     for name, stack in METHODS[config.method](config, classes=classes).transformers().items():
         sequences = config.data.batch_size * stack.sequences
         with jax.set_mesh(mesh):
-            lowered = _lower_layer(config, mesh, stack, sequences=sequences)
+            lowered = lower_layer(config, mesh, stack, sequences=sequences)
             compiled, seconds = _compile(lowered, f"compiling a {name} layer")
         useful = sequences * flops.block(stack.tokens, stack.width, stack.mlp_ratio) / mesh.size
         useful *= flops.BACKWARD if stack.trained else 1

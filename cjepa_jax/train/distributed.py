@@ -38,7 +38,7 @@ def start(coordinator_address: str | None, num_processes: int | None, process_id
     print(f"connecting with the other processes through {address}", file=sys.stderr, flush=True)
     try:
         if coordinator_address and process_id:  # JAX would end the process without a word to Python
-            _reach(coordinator_address, timeout)
+            reach(coordinator_address, timeout)
         jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM, which is ours: see `Consensus`
         with peers.without_abort():
             jax.distributed.initialize(**given, initialization_timeout=timeout)  # type: ignore[arg-type]
@@ -50,7 +50,7 @@ def start(coordinator_address: str | None, num_processes: int | None, process_id
     peers.watch()
 
 
-def _reach(address: str, timeout: float) -> None:
+def reach(address: str, timeout: float) -> None:
     """Returns when someone listens at HOST:PORT; OSError after `timeout` seconds without."""
     host, _, port = address.rpartition(":")
     deadline = time.monotonic() + timeout

@@ -32,7 +32,7 @@ from cjepa_jax.train import distributed
 
 BEAT = 10.0  # seconds between two signs of life
 LEASE = 50.0  # seconds without one after which an owner counts as dead
-_POLL = 1.0
+POLL = 1.0
 
 
 class LockLostError(RuntimeError):
@@ -50,7 +50,7 @@ class Lock:
         self._thread: threading.Thread | None = None
         me = {"host": socket.gethostname(), "process": os.getpid()}
         me |= {"since": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")}
-        me |= {"machine": _machine(), "started": _started(os.getpid()), "token": uuid.uuid4().hex}
+        me |= {"machine": this_machine(), "started": start_time(os.getpid()), "token": uuid.uuid4().hex}
         self._content = json.dumps(me).encode()
 
     def __enter__(self):
@@ -77,7 +77,7 @@ class Lock:
         while True:
             content, version = self._file.read()
             owner = _parse(content)
-            here = owner.get("machine") == _machine()
+            here = owner.get("machine") == this_machine()
             silent = version == first and time.monotonic() - since > LEASE
             if content is None or silent or (here and not _is_alive(owner)):
                 if self._file.swap(version, self._content):
@@ -95,7 +95,7 @@ class Lock:
                     file=sys.stderr,
                     flush=True,
                 )
-            time.sleep(_POLL)
+            time.sleep(POLL)
 
     def look(self) -> None:
         """Reads the lock now, rather than at the next sign of life, and sets `failure` if it is another's."""
@@ -261,7 +261,7 @@ def _name(owner: dict[str, Any]) -> str:
     return f"process {owner['process']} on {owner.get('host')} since {owner.get('since')}"
 
 
-def _machine() -> str:
+def this_machine() -> str:
     """Tells this machine, from start to shutdown, and this container from all others."""
     try:
         boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -270,7 +270,7 @@ def _machine() -> str:
         return socket.gethostname()
 
 
-def _started(process: int) -> str | None:
+def start_time(process: int) -> str | None:
     """Tells a process from a later one of the same number; None where it has ended or the system does not say."""
     try:
         state, *others = pathlib.Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
@@ -287,4 +287,4 @@ def _is_alive(owner: dict[str, Any]) -> bool:
         return False
     except PermissionError:  # it is someone else's
         return True
-    return _started(owner["process"]) == owner.get("started")
+    return start_time(owner["process"]) == owner.get("started")

@@ -99,7 +99,7 @@ def _train(
         steps=steps,
         batch_size=config.data.batch_size,
         images=len(reader.source),
-        peak=_peak(run.method),
+        peak=peak_rate(run.method),
         trackers=following,
     )
     checkpoint.write_config(workdir, run.meta["config"])  # after metrics.jsonl, by which its steps are judged
@@ -114,7 +114,7 @@ def _train(
     consensus = distributed.Consensus(program.split, program.whole)
     recorder = Recorder(workdir, seed=config.seed, start=start, params=state.params)
     observe = jax.jit(diagnose)
-    curves = _Curves(workdir, run.method)
+    curves = Curves(workdir, run.method)
     step, asked, skipped = start, distributed.GO_ON, 0
     stalled: waiting.StalledError | None = None  # an image does not come, and the run leaves without it
     running: PyTree = ()  # the metrics of the step that the devices work on
@@ -242,7 +242,7 @@ def _all_raise(error: Exception) -> bool:
     return isinstance(error, UserError | DivergedError | lock.LockLostError)
 
 
-class _Curves:
+class Curves:
     """Draws curves.png, in process 0; while the run goes on every few minutes at most, because it takes a second."""
 
     SECONDS = 300.0  # from one picture to the next
@@ -308,7 +308,7 @@ def _flush(
         trouble.observe(metrics)
 
 
-def _peak(method: Method) -> float | None:
+def peak_rate(method: Method) -> float | None:
     """Gives the images per second of all devices at their peak, where that and the method's products are known."""
     peak, needed = chips.peak_flops(jax.devices()[0].device_kind), flops.step(method.transformers().values())
     return peak * jax.device_count() / needed if peak and needed else None

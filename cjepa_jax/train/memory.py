@@ -17,7 +17,7 @@ from cjepa_jax.config import Config
 from cjepa_jax.errors import UserError, one_line, out_of_memory
 from cjepa_jax.train import step
 
-_ROOM = 0.9  # the share of the memory that a choice of ours may fill; the rest is for images, probes and other programs
+ROOM = 0.9  # the share of the memory that a choice of ours may fill; the rest is for images, probes and other programs
 _GB = 1e9
 
 
@@ -38,8 +38,8 @@ def compile_step(program: step.Program, steps: int) -> jax.stages.Compiled:
             optim = dataclasses.replace(config.optim, microbatches=parts)
             method = dataclasses.replace(program.method, config=dataclasses.replace(config, optim=optim))
             program = step.build(method, steps, mesh)  # type: ignore[arg-type]
-        compiled, kept, needed = _compile(program)
-        limit = there * (_ROOM if chooses else 1)
+        compiled, kept, needed = compile_measured(program)
+        limit = there * (ROOM if chooses else 1)
         if compiled is not None and needed <= limit:
             if chooses and jax.process_index() == 0:
                 _say(f"optim.microbatches = {parts}, chosen: {_needs(needed, there)}")
@@ -97,7 +97,7 @@ def available() -> float:
     return least
 
 
-def _compile(program: step.Program) -> tuple[jax.stages.Compiled | None, float, float]:
+def compile_measured(program: step.Program) -> tuple[jax.stages.Compiled | None, float, float]:
     """Compiles a step; also gives the bytes a device needs for parameters and the like, and in all.
 
     Where the compiler itself says that the step does not fit, there is no program, and the bytes are not known.

@@ -19,7 +19,7 @@ from cjepa_jax.errors import require
 
 Place = Callable[[PyTree], PyTree]  # puts a tree of arrays where they are wanted; the values stay
 _DATA, _FSDP = "data", "fsdp"
-_SHARDS = 16  # where mesh.fsdp leaves it open: most parameters of every size can be cut into so many that tile
+SHARDS = 16  # where mesh.fsdp leaves it open: most parameters of every size can be cut into so many that tile
 _TILE = (8, 128)  # of a float32 array in a TPU's memory; a shard of other sizes would be padded to it
 
 
@@ -29,8 +29,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     Raises UserError where they do not make such a grid.
     """
     devices = jax.devices() if devices is None else devices
-    cuts = config.parameters != "replicated" and len(devices) % _SHARDS == 0
-    shards = config.fsdp or (_SHARDS if cuts else 1)
+    cuts = config.parameters != "replicated" and len(devices) % SHARDS == 0
+    shards = config.fsdp or (SHARDS if cuts else 1)
     require(len(devices) % shards == 0, f"mesh.fsdp = {shards} does not divide the {len(devices)} devices")
     shape = len(devices) // shards, shards
     # 4 x 16 on a torus of 8 x 8: an axis of the mesh may take a part of a physical one.

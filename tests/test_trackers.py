@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+import time
 
 import mlflow
 import pytest
@@ -88,7 +89,9 @@ def test_weights_and_biases_has_every_line_once_after_a_kill(tmp_path, monkeypat
     workdir = epath.Path(tmp_path / "digits")
     workdir.mkdir()
     train(workdir, ("wandb",), start=0, last=7)
+    time.sleep(1)  # it names its folders by the second
     train(workdir, ("wandb",), start=5, last=9)
+    wandb.teardown()  # as at the end of a process: its service writes all that it has
     found = lines(workdir)
     assert [line["step"] for line in found if "loss/total" in line] == list(range(1, 10))
     assert [(line["step"], line["eval/knn"]) for line in found if "eval/knn" in line] == [(3, 0.3), (6, 0.6), (9, 0.9)]

@@ -67,7 +67,9 @@ def fit(moments: Moments, strength: float) -> LinearMap:
     n, mean, target = moments.patches, moments.x / moments.patches, moments.y / moments.patches
     values, vectors = np.linalg.eigh(moments.xx / n - np.outer(mean, mean))
     values = values.clip(0)
-    alpha = max(strength * values.mean(), np.finfo(np.float64).tiny)  # features may all be the same
+    # Where features are all the same, their variances are no more than the rounding of their squares.
+    least = np.finfo(np.float64).eps * np.trace(moments.xx) / n / len(mean) + np.finfo(np.float64).tiny
+    alpha = max(strength * values.mean(), least)
     kernel = vectors @ (vectors.T @ (moments.xy / n - np.outer(mean, target)) / (values + alpha)[:, None])
     return LinearMap(kernel, target - mean @ kernel)
 

@@ -15,7 +15,10 @@ import traceback
 
 from cjepa_jax import signals
 
-QUICK = "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0"  # tests compile much, compute little
+# Tests compile much and compute little.
+QUICK = (
+    "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+)
 ROOT = pathlib.Path(__file__).parents[1]
 IMPORTED = [
     *("cjepa_jax.train.loop", "cjepa_jax.evaluate.report", "cjepa_jax.interop.conversion", "tests.commands"),

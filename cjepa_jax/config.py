@@ -81,7 +81,7 @@ class Data:
 
     @property
     def channels(self) -> int:
-        """Number of channels: 1 is greyscale, 3 is RGB."""
+        """Gives the number of channels: 1 is greyscale, 3 is RGB."""
         return len(self.mean)
 
     @property

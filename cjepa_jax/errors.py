@@ -21,7 +21,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def one_line(message: object) -> str:
-    """A text, or an error's message, without line breaks."""
+    """Returns a text, or the message of an error, without line breaks."""
     return " ".join(str(message).split())
 
 
@@ -31,7 +31,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:
-    """A closing phrase for an error about an unknown name: the nearest known one, else all of them."""
+    """Returns the closing phrase of an error about an unknown name: the nearest known one, or else all of them."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"

@@ -161,7 +161,7 @@ def save(workdir: epath.Path, pretrained: Pretrained) -> None:
 
 
 def shapes(networks: Pretrained, *, classes: int) -> dict[str, Any]:
-    """The parameters that the settings call for, as shapes and dtypes, by network; those in `networks` do not count."""
+    """Gives the parameters that the settings call for, not those in `networks`, as shapes and dtypes, by network."""
     model, grid = networks.model, networks.grid
     key = jax.eval_shape(lambda: jax.random.key(0))
     patches = jax.ShapeDtypeStruct((1, math.prod(grid), model.patch_size**2 * len(networks.mean)), np.float32)
@@ -201,13 +201,13 @@ def mismatches(found: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence
 
 
 def describe(path: epath.Path) -> tuple[epath.Path, dict[str, Any]]:
-    """The workdir of what `load` loads, and all of its flat config.json. Raises UserError."""
+    """Returns the workdir of what `load` loads, and all of its flat config.json. Raises UserError."""
     workdir, _ = _find(epath.Path(path), "--checkpoint")
     return workdir, _read_config(workdir / "config.json")
 
 
 def _find(path: epath.Path, flag: str) -> tuple[epath.Path, epath.Path]:
-    """Of a workdir, or one checkpoint of it: the workdir, and the folder of the state. Raises UserError."""
+    """Returns the workdir and the folder of the state, for a workdir or one checkpoint of it. Raises UserError."""
     wanted = "wanted: a workdir, or WORKDIR/checkpoints/STEP"
     require(path.exists(), f"{flag} {path} does not exist; {wanted}")
     require(path.is_dir(), f"{flag} {path} is no folder; {wanted}")
@@ -269,7 +269,7 @@ def _part(tree: PyTree, place: Sequence[str]) -> PyTree:
 
 @contextlib.contextmanager
 def _reading(state: epath.Path) -> Iterator[None]:
-    """Whatever goes wrong in reading a checkpoint's state becomes a UserError."""
+    """Turns whatever goes wrong in reading the state of a checkpoint into a UserError."""
     try:
         with quiet_on_error():
             yield
@@ -280,7 +280,7 @@ def _reading(state: epath.Path) -> Iterator[None]:
 
 
 def _metadata(state: epath.Path) -> PyTree:
-    """The state's tree of shapes and dtypes."""
+    """Reads the tree of shapes and dtypes of the state."""
     metadata = ocp.PyTreeCheckpointer().metadata(state).item_metadata
     require(metadata is not None, f"checkpoint {state.parent} cannot be read: its metadata is damaged")
     return metadata.tree

@@ -68,7 +68,7 @@ class Stop:
         return self
 
     def listen(self) -> None:
-        """From now on there is something to save."""
+        """Says that from now on there is something to save."""
         if not self._previous:
             self._previous = {signum: signal.signal(signum, self._request) for signum in BOTH}
 

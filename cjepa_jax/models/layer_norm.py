@@ -13,7 +13,7 @@ _Saved = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # what the backward 
 
 
 def layer_norm(x: jax.Array, *, name: str | None = None, params: PyTree = None) -> jax.Array:
-    """LayerNorm over the last axis, as a child of the module that calls it, or with given parameters; gives float32."""
+    """Applies LayerNorm over the last axis, as a child of the calling module or with given parameters, in float32."""
     if params is None:
         return cast(jax.Array, LayerNorm(name=name)(x))
     return _normed(x, params["scale"], params["bias"])

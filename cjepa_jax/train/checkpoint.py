@@ -62,7 +62,7 @@ class Checkpointer:
     failure: StorageError | None = None  # of the last save, as soon as `watch` has seen it
 
     def __init__(self, workdir: epath.Path, checkpoint: Checkpoint, meta: dict[str, Any]):
-        """For a workdir that `check_workdir` has accepted; removes what a run that was cut off had half written.
+        """Takes a workdir that `check_workdir` has accepted; removes what a run that was cut off had half written.
 
         Raises StorageError where the disk is full.
         """
@@ -218,7 +218,7 @@ class Checkpointer:
                 self._manager.wait_until_finished()
 
     def due(self, step: int) -> bool:
-        """Whether a checkpoint belongs at this step."""
+        """Tells whether a checkpoint belongs at this step."""
         return step % self._every == 0
 
     def close(self) -> None:

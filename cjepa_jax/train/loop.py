@@ -235,7 +235,7 @@ def _connect(run: Training, workdir: epath.Path) -> trackers.Trackers | None:
 
 
 def _all_raise(error: Exception) -> bool:
-    """Whether all processes leave with such an error after the same step."""
+    """Tells whether all processes leave with such an error after the same step."""
     out_of_memory = isinstance(error.__cause__, jax.errors.JaxRuntimeError)
     if isinstance(error, waiting.StalledError) or out_of_memory:
         return False

@@ -141,7 +141,7 @@ class Writer:
         return self._active and step in self._evaluated
 
     def tick(self, step: int, seconds_waited: float) -> None:
-        """`step` has been taken: moves the bar, and starts the clock once the first one, which compiles, is over.
+        """Moves the bar to `step`, which has been taken; starts the clock after the first one, which compiles.
 
         seconds_waited: that the devices stood idle for want of images, in all.
         """
@@ -211,11 +211,11 @@ class Writer:
             self._bar.write(f"step {step}: {probes}", file=sys.stderr)
 
     def note(self, text: str) -> None:
-        """One line for the reader of the screen, above the bar."""
+        """Prints one line for the reader of the screen, above the bar."""
         tqdm.write(text, file=sys.stderr)
 
     def pause(self) -> None:
-        """What follows, a probe say, is not training: the clock starts again at the next `tick`."""
+        """Stops the clock until the next `tick`: what follows, such as a probe, is not training."""
         self._clock = None
 
     @property
@@ -252,7 +252,7 @@ def _is_evaluation(metrics: dict[str, float]) -> bool:
 
 
 def read(workdir: epath.Path) -> list[dict[str, float]]:
-    """The lines of `metrics.jsonl`, none where there is no file; what is cut off or damaged ends them."""
+    """Reads the lines of `metrics.jsonl`, none where there is no file, up to one that is cut off or damaged."""
     path = workdir / "metrics.jsonl"
     lines = path.read_bytes().decode(errors="replace").splitlines() if is_file(path) else []
     parsed = []

@@ -66,12 +66,12 @@ class Command:
     """A running `python -m module arguments`, with as much of subprocess.Popen's face as tests need.
 
     The code `first` runs before the module, or without one where that is "". Its environment is that of this process at
-    the first call, and `variables`. What it prints is in one stream.
+    the first call, and `variables`. What it prints is in one stream, unless `stderr` is a file for the other.
     """
 
-    def __init__(self, module: str, *arguments: str, first: str = "", **variables: str):
+    def __init__(self, module: str, *arguments: str, first: str = "", stderr: str = "", **variables: str):
         self._said = tempfile.NamedTemporaryFile("r")  # noqa: SIM115
-        where = self._said.name, self._said.name
+        where = self._said.name, stderr or self._said.name
         self._process = _forks().Process(target=_child, args=(module, arguments, *where, first, variables))
         self._process.start()
         self.pid = self._process.pid
@@ -111,13 +111,11 @@ class Command:
 
 def run(module: str, *arguments: str, first: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
     """Runs what `Command` does to its end, and keeps the two streams apart."""
-    with tempfile.NamedTemporaryFile("r") as stdout, tempfile.NamedTemporaryFile("r") as stderr:
-        process = _forks().Process(target=_child, args=(module, arguments, stdout.name, stderr.name, first, variables))
-        process.start()
-        process.join(300)
-        if process.exitcode is None:
+    with tempfile.NamedTemporaryFile("r") as stderr:
+        process = Command(module, *arguments, first=first, stderr=stderr.name, **variables)
+        try:
+            process.wait(300)
+        except subprocess.TimeoutExpired:
             process.kill()
-            process.join()
-        code = process.exitcode
-        process.close()
-        return subprocess.CompletedProcess([module, *arguments], code, stdout.read(), stderr.read())
+        stdout, _ = process.communicate()
+        return subprocess.CompletedProcess([module, *arguments], process.returncode, stdout, stderr.read())

@@ -67,24 +67,46 @@ def test_the_docs_show_the_table_as_it_is(folder):
         assert any(line.startswith(says) for line in rows), says
 
 
+def alarms(folder: pathlib.Path, arm: str, seeds: int) -> tuple[int, int]:
+    """Counts the seeds of an arm that had an alarm of a collapse at any time, and at the end."""
+    ever = last = 0
+    with tarfile.open(folder / "runs.tar.xz") as archive:
+        for seed in range(seeds):
+            file = archive.extractfile(f"runs/{arm.replace(' ', '_')}/seed{seed}/metrics.jsonl")
+            lines = map(json.loads, file.read().decode().splitlines())
+            found = [line["rep/collapsed"] for line in lines if "rep/collapsed" in line]
+            ever, last = ever + any(found), last + bool(found[-1])
+    return ever, last
+
+
 def test_the_docs_show_every_seed_of_the_study_of_collapse_on_cifar10():
     """kNN on the test split, seed by seed, and how many seeds had an alarm at any time, and at the end."""
     folder = ROOT / "results" / "collapse_cifar10"
-    runs, alarms = raw(folder), {}
-    with tarfile.open(folder / "runs.tar.xz") as archive:
-        for run in runs:
-            lines = archive.extractfile(f"{run}/metrics.jsonl").read().decode().splitlines()
-            alarms[run] = [one["rep/collapsed"] for one in map(json.loads, lines) if "rep/collapsed" in one]
-    docs = (ROOT / "docs" / "study.md").read_text().splitlines()
+    runs, docs = raw(folder), (ROOT / "docs" / "study.md").read_text().splitlines()
     arms = json.loads((folder / "study.json").read_text())["arms"]
     assert len(arms) == 12 and len(runs) == 60
     for arm in arms:
         seeds = [f"runs/{arm.replace(' ', '_')}/seed{seed}" for seed in range(5)]
         knn = ", ".join(f"{100 * runs[seed]['test']['knn']:.1f}" for seed in seeds)
-        ever, last = (
-            sum(map(bool, found)) for found in zip(*((any(alarms[s]), alarms[s][-1]) for s in seeds), strict=True)
-        )
+        ever, last = alarms(folder, arm, 5)
         assert f"| {arm} | {knn} | {ever} | {last} |" in docs
+
+
+def test_the_docs_compare_the_methods_at_each_rate():
+    """The paired differences on the test split, in points, and the alarms of both."""
+    folder = ROOT / "results" / "rates_cifar10"
+    table, docs = json.loads((folder / "table.json").read_text())["arms"], (ROOT / "docs" / "study.md").read_text()
+    rates = [float(arm.rpartition(" ")[2]) for arm in table if arm.startswith("I-JEPA")]
+    assert len(rates) == 6
+    for rate in rates:
+        plain, regularised = f"I-JEPA, rate {rate}", f"C-JEPA 0.01, rate {rate}"
+        cells = [f"{rate:g}".removeprefix("0")]
+        for measure in MEASURES:
+            one, other = (table[arm]["test"][measure]["values"] for arm in (regularised, plain))
+            points = [100 * (one[seed] - other[seed]) for seed in other]
+            cells.append(f"{statistics.mean(points):+.1f} ± {statistics.stdev(points) / len(points) ** 0.5:.1f}")
+        counts = *alarms(folder, plain, 3), *alarms(folder, regularised, 3)
+        assert f"| {' | '.join([*cells, *map(str, counts)])} |" in docs.splitlines()
 
 
 def test_the_readme_quotes_the_study():

@@ -28,8 +28,8 @@ from tests.test_microbatch import assert_same, exchanges, flops_of_products, gra
 NAMES = [name for name, method in METHODS.items() if issubclass(method, Siamese)]
 
 
-# Batch norms enlarge the rounding of the features: SimSiam's four in a row to 4e-6, LeJEPA's to 1.4e-6 without AVX-512.
-TOLERANCE = {"simsiam": 1e-5, "lejepa": 3e-6}  # of microbatches on one device; others have 1e-6
+# SimSiam's four batch norms in a row enlarge the rounding of the features: 4e-6 were seen.
+TOLERANCE = {"simsiam": 1e-5}  # of microbatches on one device; others have 1e-6
 
 
 def views_of_images() -> Batch:

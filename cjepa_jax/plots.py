@@ -257,5 +257,5 @@ def _members(idx: Any, valid: Any, grid: tuple[int, int]) -> np.ndarray:
 def save_figure(figure: Figure, path: epath.Path) -> None:
     """Writes a figure as PNG, whole or not at all."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120, pil_kwargs={"compress_level": 1})  # a tenth larger, and written in half of the time
+    figure.savefig(buffer, dpi=120, pil_kwargs={"compress_level": 1})  # a tenth larger, a fifth quicker
     write_whole(path, buffer.getvalue())

@@ -70,7 +70,7 @@ def test_both_encoders_of_a_checkpoint_are_judged_on_test_images(save, load, tmp
     rows = chosen.decoder.run(frozen, None)
     assert [*rows] == ["trained", "context encoder", "untrained"]
     params = decoder.shown_encoders(frozen)
-    extractor = decoder._extractor(frozen, params)
+    extractor = decoder.extractor_of(frozen, params)
     targets = np.asarray(patchify(images / 255, 4)).reshape(-1, 48)
     for name, row in rows.items():
         x = np.asarray(jax.jit(extractor.encoders[name])(params[name], images), np.float64).reshape(len(targets), -1)

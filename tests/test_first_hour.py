@@ -59,15 +59,15 @@ def test_results_that_mean_less_than_they_seem_are_announced(make_config, capsys
     config = make_config(data__batch_size=64, eval__every=5)
     few = sources.load(config.data, "train[:40]")
     assert (
-        "a batch of 64 images holds each of the 40 training images more than once" in setup._doubts(config, few, few)[0]
+        "a batch of 64 images holds each of the 40 training images more than once" in setup.doubts(config, few, few)[0]
     )
     whole = sources.load(config.data, "train")
-    assert setup._doubts(config, whole, whole) == []
+    assert setup.doubts(config, whole, whole) == []
     for classes, says in ((("cat",), "are all of one class, 'cat'"), ((), "have no labels")):
         source = sources.Source(range(100), "", classes, str)
-        (note,) = setup._doubts(config, source, source)
+        (note,) = setup.doubts(config, source, source)
         assert note.startswith(f"warning: eval.every = 5 evaluates nothing, because the training images {says}; ")
-        assert setup._doubts(config, source, whole) == []  # which eval.source may name
+        assert setup.doubts(config, source, whole) == []  # which eval.source may name
     frozen.warn_of_same_images(config.data, whole, sources.load(config.data, "test"))
     assert capsys.readouterr().err == ""
     frozen.warn_of_same_images(config.data, whole, sources.load(config.data, "train[:100%]"))

@@ -96,7 +96,7 @@ def test_only_steps_since_the_last_check_are_kept(tmp_path):
     for step in range(1, 10):
         recorder.keep(step, good, jnp.ones(1))
     recorder.check(8, good)
-    assert [step for step, *_ in recorder._steps] == [9]
+    assert [step for step, *_ in recorder.steps] == [9]
     bad = good | {"grad_norm": jnp.float32(jnp.inf)}
     recorder.keep(10, bad, jnp.ones(1))
     with pytest.raises(

@@ -122,10 +122,10 @@ def test_two_checkpoints_side_by_side(save, load, drawn, tmp_path):
 
 def test_runs_whose_folders_have_one_name_are_told_apart(tmp_path):
     runs = [epath.Path(f"/runs/{name}") for name in ("ijepa/seed0", "cjepa/seed0", "seed0", "other")]
-    assert maps._run_names([runs[0], runs[1]]) == ["ijepa/seed0", "cjepa/seed0"]
-    assert maps._run_names([runs[0], runs[3]]) == ["seed0", "other"]
-    assert maps._run_names([runs[0], runs[2]]) == ["ijepa/seed0", "runs/seed0"]
-    assert maps._run_names([runs[0], runs[0]]) == maps._run_names(runs[:1]) * 2 == ["seed0", "seed0"]  # of two steps
+    assert maps.run_names([runs[0], runs[1]]) == ["ijepa/seed0", "cjepa/seed0"]
+    assert maps.run_names([runs[0], runs[3]]) == ["seed0", "other"]
+    assert maps.run_names([runs[0], runs[2]]) == ["ijepa/seed0", "runs/seed0"]
+    assert maps.run_names([runs[0], runs[0]]) == maps.run_names(runs[:1]) * 2 == ["seed0", "seed0"]  # of two steps
 
 
 def test_an_image_shines_through_a_map(tmp_path):

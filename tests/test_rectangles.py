@@ -386,7 +386,7 @@ def test_decoded_patches_come_back_to_their_places():
         return patchify(images.astype(jnp.float32) / 255, 2)
 
     identity = decoder.LinearMap(np.eye(12), np.zeros(12))
-    np.testing.assert_allclose(decoder._decoded(frozen, pixels, {}, identity, images), images / 255, atol=1e-6)
+    np.testing.assert_allclose(decoder.decoded(frozen, pixels, {}, identity, images), images / 255, atol=1e-6)
 
 
 def test_another_shape_than_in_training_interpolates(workdir, files):

@@ -325,7 +325,7 @@ def test_the_last_calm_checkpoint_stays_also_after_a_restart(tmp_path):
     for numbers in (range(1, 6), range(6, 9)):
         checkpoints = checkpoint.Checkpointer(workdir, Checkpoint(every=1, keep_last=2), meta)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(checkpoint, "_as_saved", lambda state, path: state)
+            patch.setattr(checkpoint, "layout_as_saved", lambda state, path: state)
             checkpoints.restore(abstract)
         for step in numbers:
             checkpoints.save(step, state, calm=step < 3)

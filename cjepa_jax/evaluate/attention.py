@@ -129,7 +129,7 @@ def _look(shown: Shown, params: PyTree, images: UInt8[Array, "B H W C"]) -> tupl
 def _encoders(frozen: Frozen, checkpoints: Mapping[str, epath.Path], columns: Sequence[str]) -> dict[str, Shown]:
     """Loads the encoders that columns show, for the images at hand; each checkpoint is named by its columns' prefix."""
     found: dict[str, Shown] = {}
-    runs = _run_names([pretrained.describe(path)[0] for path in checkpoints.values()])
+    runs = run_names([pretrained.describe(path)[0] for path in checkpoints.values()])
     for run, (prefix, path) in zip(runs, checkpoints.items(), strict=True):
         kinds = {"target_encoder": "target encoder", "encoder": "context encoder"}
         if "target_encoder" not in pretrained.available(path):
@@ -152,7 +152,7 @@ def _encoders(frozen: Frozen, checkpoints: Mapping[str, epath.Path], columns: Se
     return found
 
 
-def _run_names(workdirs: Sequence[epath.Path]) -> list[str]:
+def run_names(workdirs: Sequence[epath.Path]) -> list[str]:
     """Names workdirs by the fewest last parts of their paths that tell them apart, such as I-JEPA/seed0."""
     for count in range(1, max(len(workdir.parts) for workdir in workdirs)):
         names = ["/".join(workdir.parts[-count:]) for workdir in workdirs]

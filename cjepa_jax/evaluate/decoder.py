@@ -68,8 +68,8 @@ def fit(moments: Moments, strength: float) -> LinearMap:
     values, vectors = np.linalg.eigh(moments.xx / n - np.outer(mean, mean))
     values = values.clip(0)
     # Where features are all the same, their variances are no more than the rounding of their squares.
-    least = np.finfo(np.float64).eps * np.trace(moments.xx) / n / len(mean) + np.finfo(np.float64).tiny
-    alpha = max(strength * values.mean(), least)
+    float64 = np.finfo(np.float64)
+    alpha = max(strength * values.mean(), float64.eps * np.trace(moments.xx) / n / len(mean), float64.tiny)
     kernel = vectors @ (vectors.T @ (moments.xy / n - np.outer(mean, target)) / (values + alpha)[:, None])
     return LinearMap(kernel, target - mean @ kernel)
 
@@ -118,7 +118,7 @@ class Decoder(Evaluator):
         train, test = (frozen.sampled(reader, self.images) for reader in (frozen.train, frozen.test))
         held = train[::_HELD_OUT]
         kept = np.setdiff1d(train, held).tolist()
-        extractor = _extractor(frozen, params)
+        extractor = extractor_of(frozen, params)
         sets = {
             name: _moments(frozen, extractor, params, reader, indices, name)
             for name, reader, indices in (
@@ -149,9 +149,7 @@ class Decoder(Evaluator):
             images = frozen.spread_images(_SHOWN)
             columns: dict[str, np.ndarray] = {"image": images}
             for name, decoder in decoders.items():
-                columns[_title(frozen, name)] = _decoded(
-                    frozen, extractor.encoders[name], params[name], decoder, images
-                )
+                columns[_title(frozen, name)] = decoded(frozen, extractor.encoders[name], params[name], decoder, images)
             title = "Pixels decoded from the features of each patch by a linear map"
             plots.side_by_side(columns, stem.with_name(f"{stem.name}.decoder.png"), title=title)
         return rows
@@ -179,7 +177,8 @@ def _title(frozen: Frozen, name: str) -> str:
     return f"{name},\n{_KINDS[frozen.origin.encoder]}" if frozen.origin and name == TRAINED else name
 
 
-def _extractor(frozen: Frozen, names: dict[str, Params]) -> Extractor:
+def extractor_of(frozen: Frozen, names: dict[str, Params]) -> Extractor:
+    """Builds what computes the features of patches by each of these encoders, and the pixels that belong to them."""
     model, data = frozen.model, frozen.data
     shapes = {"image_shape": data.image_shape, "trained_shape": frozen.trained_shape}
     apply = patch_features(model, **shapes, mean=data.mean, std=data.std)
@@ -216,7 +215,7 @@ def _moments(
     return found
 
 
-def _decoded(
+def decoded(
     frozen: Frozen, apply: Apply, params: Params, decoder: LinearMap, images: UInt8[np.ndarray, "n H W C"]
 ) -> Float[np.ndarray, "n H W C"]:
     """Decodes whole images, in [0, 1]."""

@@ -123,7 +123,7 @@ class Checkpointer:
         failure, reason = None, "another process cannot read it"
         try:
             with orbax.quiet_on_error():
-                as_saved = _as_saved(abstract_state, path / "state")
+                as_saved = layout_as_saved(abstract_state, path / "state")
                 reader = orbax.reader(ocp.StandardCheckpointHandler)
                 saved = reader.restore(absolute(path / "state"), args=ocp.args.StandardRestore(as_saved))
                 meta = read_meta(path)
@@ -241,7 +241,7 @@ def read_meta(checkpoint: epath.Path) -> dict[str, Any]:
     return read_json(checkpoint / META) if (checkpoint / META).exists() else {}
 
 
-def _as_saved(state: PyTree, path: epath.Path) -> PyTree:
+def layout_as_saved(state: PyTree, path: epath.Path) -> PyTree:
     """Gives a TrainState the layout on disk, which was another one before states had "averages"."""
     metadata = ocp.PyTreeCheckpointer().metadata(absolute(path)).item_metadata
     found = set() if metadata is None else metadata.tree.keys()

@@ -34,11 +34,11 @@ class Recorder:
         self._leaves = [
             jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(params)
         ]
-        self._steps: collections.deque[tuple[int, dict[str, jax.Array], jax.Array]] = collections.deque(maxlen=_KEPT)
+        self.steps: collections.deque[tuple[int, dict[str, jax.Array], jax.Array]] = collections.deque(maxlen=_KEPT)
 
     def keep(self, step: int, metrics: dict[str, jax.Array], grad_norms: jax.Array) -> None:
         """Keeps what a step has given, until `check` has found a later one finite."""
-        self._steps.append((step, metrics, grad_norms))
+        self.steps.append((step, metrics, grad_norms))
 
     def check(self, step: int, metrics: dict[str, jax.Array], *, saved: bool = False) -> None:
         """Raises DivergedError unless loss and gradient of a step are finite; then the state after it is so too.
@@ -47,11 +47,11 @@ class Recorder:
         gradient's leaves. Process 0 writes WORKDIR/nonfinite.json. `saved`: a checkpoint of this step follows.
         """
         if all(math.isfinite(float(jax.device_get(metrics[name]))) for name in ("loss/total", "grad_norm")):
-            while self._steps and self._steps[0][0] <= step:
-                self._steps.popleft()
+            while self.steps and self.steps[0][0] <= step:
+                self.steps.popleft()
             self._saved = step if saved else self._saved
             return
-        looked_at = ((*kept, self._first(*kept[1:])) for kept in jax.device_get(list(self._steps)))
+        looked_at = ((*kept, self._first(*kept[1:])) for kept in jax.device_get(list(self.steps)))
         first, values, grad_norms, what = next(found for found in looked_at if found[-1])
         path = self._workdir / "nonfinite.json"
         if jax.process_index() == 0:

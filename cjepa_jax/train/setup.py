@@ -113,7 +113,7 @@ def set_up(
     config, notes, epochs_before = checkpoint.check_workdir(workdir, config, start, extend=extend)
     reader = pipeline.Reader(source, data)
     learn_from = reader_to_learn_from(config, reader)
-    notes += _doubts(config, source, learn_from.source)
+    notes += doubts(config, source, learn_from.source)
     if jax.process_index() == 0:
         for note in notes:
             print(note, file=sys.stderr, flush=True)
@@ -195,7 +195,7 @@ def _load_init(init: epath.Path, kind: type[Method], config: Config) -> tuple[pr
     return loaded._replace(params=params), origin
 
 
-def _doubts(config: Config, source: sources.Source, evaluated: sources.Source) -> list[str]:
+def doubts(config: Config, source: sources.Source, evaluated: sources.Source) -> list[str]:
     """Says what makes the results of a run mean less than they seem to."""
     notes, batch = [], config.data.batch_size
     if len(source) < batch:

@@ -256,6 +256,28 @@ def test_exif_orientation_is_applied(decoder, form, orientation):
     assert psnr(found, expected) > 30 > psnr(found, expected[::-1]) and psnr(found, expected[:, ::-1]) < 30
 
 
+def segment(kind, content):
+    return b"\xff" + kind + (2 + len(content)).to_bytes(2, "big") + content
+
+
+@pytest.mark.parametrize("decoder", ["fast", "pillow"])
+@pytest.mark.parametrize(
+    "before",
+    [
+        segment(b"\xe2", b"the marks of a scan: \xff\xda, and of its end: \xff\xd9"),
+        2 * segment(b"\xfe", bytes(40_000)),
+        b"\xff" * 3,
+        segment(b"\xe1", b"http://ns.adobe.com/xap/1.0/\0"),
+    ],
+    ids=["marks", "80 KB", "fill bytes", "XMP"],
+)
+def test_exif_is_found_behind_other_segments(decoder, before):
+    upright = photo()
+    stored = encoded(upright.transpose(Image.Transpose.ROTATE_180), "jpeg", exif=exif(3), quality=95)
+    found = crop(stored[:2] + before + stored[2:], decoder=decoder)
+    assert psnr(found, crop(encoded(upright, "jpeg", quality=95), decoder=decoder)) > 30
+
+
 @pytest.mark.parametrize("decoder", ["fast", "pillow"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_sixteen_bits_become_eight(decoder, channels):

@@ -109,6 +109,24 @@ def test_the_docs_compare_the_methods_at_each_rate():
         assert f"| {' | '.join([*cells, *map(str, counts)])} |" in docs.splitlines()
 
 
+def test_the_docs_show_other_methods_along_the_way():
+    """Nearest neighbours and the linear probe on held-out images after 20, 50 and 100 % of them, means over seeds."""
+    folder = ROOT / "results" / "neighbours_cifar10"
+    docs = (ROOT / "docs" / "study.md").read_text().splitlines()
+    with tarfile.open(folder / "runs.tar.xz") as archive:
+        for arm in json.loads((folder / "study.json").read_text())["arms"]:
+            cells = [arm]
+            for measure in ("knn", "logistic"):
+                curves = []
+                for seed in range(3):
+                    file = archive.extractfile(f"runs/{arm.replace(' ', '_')}/seed{seed}/metrics.jsonl")
+                    lines = [json.loads(line) for line in file]
+                    curves.append([line[f"eval/{measure}"] for line in lines if f"eval/{measure}" in line])
+                assert all(len(curve) == 10 for curve in curves)
+                cells += [f"{100 * statistics.mean(curve[at] for curve in curves):.1f}" for at in (1, 4, 9)]
+            assert f"| {' | '.join(cells)} |" in docs, cells
+
+
 def test_the_readme_quotes_the_study():
     table = (ROOT / "results" / "collapse_digits" / "table.md").read_text().split("## ")[1].splitlines()
     cells = {row.split("|")[1].strip(): row.split("|")[3:7] for row in table if row.startswith("|")}

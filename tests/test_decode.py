@@ -267,9 +267,10 @@ def segment(kind, content):
         segment(b"\xe2", b"the marks of a scan: \xff\xda, and of its end: \xff\xd9"),
         2 * segment(b"\xfe", bytes(40_000)),
         b"\xff" * 3,
+        200 * segment(b"\xfe", b""),
         segment(b"\xe1", b"http://ns.adobe.com/xap/1.0/\0"),
     ],
-    ids=["marks", "80 KB", "fill bytes", "XMP"],
+    ids=["marks", "80 KB", "fill bytes", "200 segments", "XMP"],
 )
 def test_exif_is_found_behind_other_segments(decoder, before):
     upright = photo()

@@ -30,6 +30,7 @@ MAX_SIDE = 65_500  # pixels; libjpeg reads and writes no longer ones
 MAX_SCANS = 32  # of a JPEG of MAX_PIXELS, and more of smaller ones: each takes time for all pixels, but few bytes
 
 _REDUCED = 16  # an averaged picture is still so many times as large as the crop, so that the filter shapes the result
+_SEGMENTS = 100  # before the first scan of a JPEG that are read one by one
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow would warn at one size and refuse at another; `MAX_PIXELS` is checked here
 cv2.setNumThreads(1)  # the loader's threads are parallel already
@@ -127,16 +128,16 @@ def jpeg_size(picture: bytes) -> tuple[int, int] | None:
 
 def _has_exif(jpeg: bytes) -> bool:
     """Tells whether there may be Exif data before the first scan."""
-    at = 2  # from segment to segment: to search the file takes ten times as long
-    while jpeg.startswith(b"\xff", at) and not jpeg.startswith(b"\xff\xda", at):
-        if jpeg.startswith(b"\xff\xff", at):
-            at += 1  # any number of these may stand before a marker
-            continue
+    at = 2
+    for _ in range(_SEGMENTS):  # to search the file takes ten times as long
+        if jpeg.startswith(b"\xff\xda", at):
+            return False
+        if not jpeg.startswith(b"\xff", at) or jpeg.startswith(b"\xff\xff", at):
+            break
         if jpeg.startswith(b"\xff\xe1", at) and jpeg.startswith(b"Exif\0\0", at + 4):
             return True
         at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
-    in_order = jpeg.startswith(b"\xff\xda", at)
-    return not in_order and b"Exif\0\0" in jpeg
+    return b"Exif\0\0" in jpeg  # other decoders pass over whatever broke the order
 
 
 def shrink_file(raw: bytes, *, short_side: int, quality: int) -> bytes:

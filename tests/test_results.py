@@ -1,7 +1,6 @@
 """What the docs say of studies and single runs is what their raw files in results/ say."""
 
 import functools
-import itertools
 import json
 import pathlib
 import statistics
@@ -14,26 +13,40 @@ STUDIES = sorted(path.parent for path in ROOT.glob("results/*/table.json"))
 MEASURES = {"knn": "weighted", "logistic": "all labels"}  # the measure of the table -> that of its evaluator's file
 
 
+@functools.cache
+def files(folder: pathlib.Path) -> dict[str, str]:
+    """Reads the raw files of a folder's runs, by their paths."""
+    with tarfile.open(folder / "runs.tar.xz") as archive:
+        return {member.name: archive.extractfile(member).read().decode() for member in archive if member.isfile()}
+
+
+def metrics(folder: pathlib.Path, run: str) -> list[dict[str, float]]:
+    return [json.loads(line) for line in files(folder)[f"{run}/metrics.jsonl"].splitlines()]
+
+
+def judged(folder: pathlib.Path, run: str, measure: str) -> dict[str, dict]:
+    """Gives what the evaluator found on the test split, by encoder."""
+    return json.loads(files(folder)[f"{run}/evaluation/test.{measure}.json"])["results"][measure]
+
+
+def path_of(arm: str, seed: int | str) -> str:
+    return f"runs/{arm.replace(' ', '_')}/seed{seed}"
+
+
 def raw(folder: pathlib.Path) -> dict[str, dict[str, dict[str, float]]]:
     """Reads the accuracies of each run: the last ones of metrics.jsonl, and those on the test split."""
     found = {}
-    with tarfile.open(folder / "runs.tar.xz") as archive:
-        files = {member.name: member for member in archive if member.isfile()}
-
-        def read(name: str) -> str:
-            return archive.extractfile(files[name]).read().decode()
-
-        for name in files:
-            if not name.endswith("/metrics.jsonl") or "/seed" not in name:
-                continue
-            run = name.removesuffix("/metrics.jsonl")
-            lines = [json.loads(line) for line in read(name).splitlines()]
-            last = [line for line in lines if "eval/knn" in line][-1]
-            assert last["step"] == lines[-1]["step"]
-            found[run] = {"held_out": {measure: last[f"eval/{measure}"] for measure in MEASURES}, "test": {}}
-            for measure, key in MEASURES.items():
-                judged = json.loads(read(f"{run}/evaluation/test.{measure}.json"))["results"][measure]
-                found[run]["test"][measure] = judged["trained"][key]
+    for name in files(folder):
+        if not name.endswith("/metrics.jsonl") or "/seed" not in name:
+            continue
+        run = name.removesuffix("/metrics.jsonl")
+        lines = metrics(folder, run)
+        last = [line for line in lines if "eval/knn" in line][-1]
+        assert last["step"] == lines[-1]["step"]
+        found[run] = {
+            "held_out": {measure: last[f"eval/{measure}"] for measure in MEASURES},
+            "test": {measure: judged(folder, run, measure)["trained"][key] for measure, key in MEASURES.items()},
+        }
     return found
 
 
@@ -45,9 +58,7 @@ def test_a_studys_table_follows_from_its_runs(folder):
         for split in ("held_out", "test"):
             for measure in MEASURES:
                 row = arm[split][measure]
-                values = {
-                    seed: runs[f"runs/{name.replace(' ', '_')}/seed{seed}"][split][measure] for seed in row["values"]
-                }
+                values = {seed: runs[path_of(name, seed)][split][measure] for seed in row["values"]}
                 assert row["values"] == pytest.approx(values)
                 assert row["mean"] == pytest.approx(statistics.mean(values.values()))
                 error = statistics.stdev(values.values()) / len(values) ** 0.5
@@ -70,12 +81,9 @@ def test_the_docs_show_the_table_as_it_is(folder):
 def alarms(folder: pathlib.Path, arm: str, seeds: int) -> tuple[int, int]:
     """Counts the seeds of an arm that had an alarm of a collapse at any time, and at the end."""
     ever = last = 0
-    with tarfile.open(folder / "runs.tar.xz") as archive:
-        for seed in range(seeds):
-            file = archive.extractfile(f"runs/{arm.replace(' ', '_')}/seed{seed}/metrics.jsonl")
-            lines = map(json.loads, file.read().decode().splitlines())
-            found = [line["rep/collapsed"] for line in lines if "rep/collapsed" in line]
-            ever, last = ever + any(found), last + bool(found[-1])
+    for seed in range(seeds):
+        found = [line["rep/collapsed"] for line in metrics(folder, path_of(arm, seed)) if "rep/collapsed" in line]
+        ever, last = ever + any(found), last + bool(found[-1])
     return ever, last
 
 
@@ -86,8 +94,7 @@ def test_the_docs_show_every_seed_of_the_study_of_collapse_on_cifar10():
     arms = json.loads((folder / "study.json").read_text())["arms"]
     assert len(arms) == 12 and len(runs) == 60
     for arm in arms:
-        seeds = [f"runs/{arm.replace(' ', '_')}/seed{seed}" for seed in range(5)]
-        knn = ", ".join(f"{100 * runs[seed]['test']['knn']:.1f}" for seed in seeds)
+        knn = ", ".join(f"{100 * runs[path_of(arm, seed)]['test']['knn']:.1f}" for seed in range(5))
         ever, last = alarms(folder, arm, 5)
         assert f"| {arm} | {knn} | {ever} | {last} |" in docs
 
@@ -113,18 +120,14 @@ def test_the_docs_show_other_methods_along_the_way():
     """Nearest neighbours and the linear probe on held-out images after 20, 50 and 100 % of them, means over seeds."""
     folder = ROOT / "results" / "neighbours_cifar10"
     docs = (ROOT / "docs" / "study.md").read_text().splitlines()
-    with tarfile.open(folder / "runs.tar.xz") as archive:
-        for arm in json.loads((folder / "study.json").read_text())["arms"]:
-            cells = [arm]
-            for measure in ("knn", "logistic"):
-                curves = []
-                for seed in range(3):
-                    file = archive.extractfile(f"runs/{arm.replace(' ', '_')}/seed{seed}/metrics.jsonl")
-                    lines = [json.loads(line) for line in file]
-                    curves.append([line[f"eval/{measure}"] for line in lines if f"eval/{measure}" in line])
-                assert all(len(curve) == 10 for curve in curves)
-                cells += [f"{100 * statistics.mean(curve[at] for curve in curves):.1f}" for at in (1, 4, 9)]
-            assert f"| {' | '.join(cells)} |" in docs, cells
+    for arm in json.loads((folder / "study.json").read_text())["arms"]:
+        cells = [arm]
+        for measure in MEASURES:
+            runs = [metrics(folder, path_of(arm, seed)) for seed in range(3)]
+            curves = [[line[f"eval/{measure}"] for line in lines if f"eval/{measure}" in line] for lines in runs]
+            assert all(len(curve) == 10 for curve in curves)
+            cells += [f"{100 * statistics.mean(curve[at] for curve in curves):.1f}" for at in (1, 4, 9)]
+        assert f"| {' | '.join(cells)} |" in docs, cells
 
 
 def test_the_readme_quotes_the_study():
@@ -142,15 +145,11 @@ def test_the_readme_quotes_the_study():
 
 
 def test_the_page_on_evaluation_shows_a_seed_of_the_study_on_cifar10():
-    found = {}
-    with tarfile.open(ROOT / "results" / "convergence_cifar10" / "runs.tar.xz") as archive:
-        for arm, measure in itertools.product(("I-JEPA", "all"), MEASURES):
-            text = archive.extractfile(f"runs/{arm}/seed0/evaluation/test.{measure}.json").read()
-            found[arm, measure] = json.loads(text)["results"][measure]
+    folder = ROOT / "results" / "convergence_cifar10"
     page = (ROOT / "docs" / "evaluation.md").read_text().splitlines()
     encoders = {"raw pixels": ("I-JEPA", "raw pixels"), "untrained": ("I-JEPA", "untrained")}
     for title, (arm, encoder) in (encoders | {"I-JEPA": ("I-JEPA", "trained"), "C-JEPA": ("all", "trained")}).items():
-        knn, logistic = (found[arm, measure][encoder] for measure in MEASURES)
+        knn, logistic = (judged(folder, path_of(arm, 0), measure)[encoder] for measure in MEASURES)
         cells = [f"{100 * share:.1f}" for share in (knn["weighted"], knn["plain"], logistic["all labels"])]
         few = (logistic["0.01 of labels"], logistic["10 a class"])
         cells += [f"{100 * share['mean']:.1f} ± {100 * share['std']:.1f}" for share in few]
@@ -163,14 +162,12 @@ def test_the_page_on_evaluation_shows_a_seed_of_the_study_on_cifar10():
 @functools.cache
 def single() -> dict[str, tuple[list[dict[str, float]], dict[str, dict]]]:
     """Reads the lines of metrics.jsonl and the evaluation at the end of each single run, by the name of the run."""
-    found = {}
-    with tarfile.open(ROOT / "results" / "single_runs" / "runs.tar.xz") as archive:
-        for member in archive:
-            if member.name.endswith("/metrics.jsonl"):
-                folder = member.name.removesuffix("/metrics.jsonl")
-                lines = archive.extractfile(member).read().decode().splitlines()
-                ended = json.loads(archive.extractfile(f"{folder}/evaluation.json").read())["results"]
-                found[folder.rpartition("/")[2]] = [json.loads(line) for line in lines], ended
+    folder, found = ROOT / "results" / "single_runs", {}
+    for name in files(folder):
+        if name.endswith("/metrics.jsonl"):
+            run = name.removesuffix("/metrics.jsonl")
+            ended = json.loads(files(folder)[f"{run}/evaluation.json"])["results"]
+            found[run.rpartition("/")[2]] = metrics(folder, run), ended
     return found
 
 

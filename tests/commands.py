@@ -23,6 +23,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 IMPORTED = [
     *("cjepa_jax.train.loop", "cjepa_jax.evaluate.report", "cjepa_jax.interop.conversion", "tests.commands"),
     *("tensorflow_datasets.rlds", "sklearn.datasets"),  # what digits take
+    *("sklearn.decomposition", "sklearn.manifold", "torch"),  # what some commands take
 ]
 
 

@@ -5,6 +5,8 @@ import math
 import pathlib
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import jax
@@ -188,6 +190,15 @@ def test_help_explains_workdir_overrides_and_resuming():
     said = run("--help")
     for word in ("--workdir", "--config.GROUP.KEY=VALUE", "newest checkpoint", "SIGTERM"):
         assert word in said
+
+
+def test_commands_start_without_libraries_that_few_of_them_use():
+    """PyTorch and scikit-learn take longer to import than everything else together."""
+    code = "import sys, cjepa_jax.train.loop, cjepa_jax.evaluate.report, cjepa_jax.interop.conversion\n"
+    code += "print({'torch', 'sklearn', 'tensorflow'} & set(sys.modules))\n"
+    code += "import torch; torch.ones(1)"  # which can still be imported
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("set()\n", "")
 
 
 def test_another_experiment_in_the_workdir(make_config, finished):

@@ -14,7 +14,6 @@ import numpy as np
 from einops import rearrange
 from etils import epath
 from jaxtyping import Array, Float, PyTree, UInt8
-from sklearn.decomposition import PCA
 
 from cjepa_jax import plots, pretrained
 from cjepa_jax.config import Grid
@@ -231,6 +230,8 @@ def component_colours(features: np.ndarray) -> tuple[np.ndarray, list[float]]:
     patch in a hundred is beyond either end. Its sign is such that its largest
     weight is positive. The shares are those of the variance.
     """
+    from sklearn.decomposition import PCA  # here, because it takes a second
+
     pca = PCA(3, svd_solver="full")
     components = pca.fit_transform(rearrange(features, "b n d -> (b n) d"))  # scikit-learn fixes the signs
     low, high = np.quantile(components, [0.01, 0.99], axis=0)

@@ -7,8 +7,6 @@ import jax
 import numpy as np
 from etils import epath
 from jaxtyping import Float
-from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 
 from cjepa_jax import plots
@@ -68,6 +66,8 @@ class FeatureMap(Evaluator):
 
 def principal(features: Float[np.ndarray, "n D"]) -> tuple[Float[np.ndarray, "n 2"], float]:
     """Gives the first two principal components, and their share of the variance; 0 where all features are the same."""
+    from sklearn.decomposition import PCA  # here, because it takes a second
+
     if not np.ptp(features, axis=0).any():
         return np.zeros((len(features), 2), features.dtype), 0.0
     pca = PCA(2, svd_solver="full")
@@ -81,6 +81,8 @@ def embedded(features: Float[np.ndarray, "n D"], *, perplexity: float, seed: int
     The perplexity is a third of n - 1 at most. It runs in one thread: with several, the sums and so the map depend on
     their number.
     """
+    from sklearn.manifold import TSNE
+
     if not np.ptp(features, axis=0).any():
         return np.zeros((len(features), 2), features.dtype)
     with threadpool_limits(1):

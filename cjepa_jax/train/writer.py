@@ -8,13 +8,20 @@ import time
 
 import jax
 from etils import epath
-from tensorboardX import SummaryWriter
-from tensorboardX.record_writer import register_writer_factory
 from tqdm import tqdm
 
 from cjepa_jax.errors import StorageError
 from cjepa_jax.files import is_file, is_remote, storing, write_whole
 from cjepa_jax.train.trackers import Trackers
+
+# TensorBoardX imports PyTorch where it is installed, for a type hint. That would take longer than all other imports.
+if _hidden := "torch" not in sys.modules:
+    sys.modules["torch"] = None  # type: ignore[assignment]
+from tensorboardX import SummaryWriter
+from tensorboardX.record_writer import register_writer_factory
+
+if _hidden:
+    del sys.modules["torch"]
 
 _SHOWN = {  # metric -> its name and form on the screen, where the first come first
     "loss/total": ("loss", ".4g"),

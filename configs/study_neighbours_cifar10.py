@@ -5,8 +5,8 @@
 
 I-JEPA, C-JEPA with the coefficient .003, SIGReg on pooled blocks, LeJEPA, SimSiam and VICReg: three learning rates and
 three seeds of each are 36 runs of 1,875 steps of 64 images, as in study_convergence_cifar10, from which eleven of them
-are known. The last three methods see two augmented views of each image. SimSiam has not yet been run. Hardware: one CPU
-core, 4 to 9 minutes a run, or a GPU.
+are known. The last three methods see two augmented views of each image. Hardware: one CPU core, 4 to 9 minutes a run,
+or a GPU.
 """
 
 from typing import Any

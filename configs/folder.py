@@ -9,6 +9,9 @@ smaller once, which makes reading several times faster.
 Small images: --config.data.image_size=96, 64 or 32. Patches, context and rates follow. Fewer images than 50,000 want
 more epochs. Hardware: one GPU, or a laptop with patience, for which --config.model.size=Ti is quicker; the batch is
 seen in as many parts as memory asks for. Not yet run on a GPU.
+
+The weight of the regulariser, --config.vicreg.weight, is the paper's .001. Where the run collapses, raise it up to .01,
+which has cost nothing at any width or batch size that was tried; more has (docs/study.md).
 """
 
 from ml_collections import ConfigDict

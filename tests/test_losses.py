@@ -242,3 +242,20 @@ def test_projector_starts_as_torch_does():
     assert kernel.std() == pytest.approx(float(torch_kernel.std()), rel=0.03)
     assert jnp.abs(kernel).max() == pytest.approx(float(torch_kernel.abs().max()), rel=0.01)
     assert (params["scale0"] == 1).all() and (params["bias0"] == 0).all()
+
+
+@pytest.mark.parametrize("weight", [0.001, 0.03])
+@pytest.mark.parametrize("kind, factor", [("smooth_l1", 400 / 3), ("l2", 200 / 3)])
+def test_what_the_invariance_term_leaves_of_the_differences_between_blocks(kind, factor, weight):
+    """The share that docs/study.md calculates, at which prediction error and invariance term together are least."""
+    blocks = 0.1 * np.random.default_rng(0).normal(size=(16, 4, 1, 8)).astype(np.float32)
+    blocks -= blocks.mean(axis=1, keepdims=True)
+
+    def total(share):
+        error, count = losses.prediction_error(share * blocks, blocks, np.ones((16, 4, 1), bool), kind)
+        terms = losses.target_blocks(share * blocks[:, :, 0].swapaxes(0, 1), losses.Vicreg())
+        return error.sum() / count.sum() + weight * losses.Vicreg().invariance * terms.invariance
+
+    shares = np.linspace(0, 1, 1001, dtype=np.float32)
+    best = shares[np.argmin(jax.jit(jax.vmap(total))(shares))]
+    assert best == pytest.approx(1 / (1 + factor * weight), abs=2e-3)

@@ -61,7 +61,7 @@ def test_a_studys_table_follows_from_its_runs(folder):
                 values = {seed: runs[path_of(name, seed)][split][measure] for seed in row["values"]}
                 assert row["values"] == pytest.approx(values)
                 assert row["mean"] == pytest.approx(statistics.mean(values.values()))
-                error = statistics.stdev(values.values()) / len(values) ** 0.5
+                error = statistics.stdev(values.values()) / len(values) ** 0.5 if len(values) > 1 else None
                 assert row["standard_error"] == pytest.approx(error)
 
 
@@ -74,7 +74,8 @@ def test_the_docs_show_the_table_as_it_is(folder):
     assert len(rows) > 5 and not [row for row in rows if "|".join(row.split("|")[:7]) + "|" not in docs]
     for name, arm in json.loads((folder / "table.json").read_text())["arms"].items():
         row = arm["test"]["knn"]
-        says = f"| {name} | {row['n']} | {100 * row['mean']:.1f} ± {100 * row['standard_error']:.1f}"
+        says = f"| {name} | {row['n']} | {100 * row['mean']:.1f}"
+        says += f" ± {100 * row['standard_error']:.1f}" if row["n"] > 1 else ""
         assert any(line.startswith(says) for line in rows), says
 
 
@@ -99,15 +100,17 @@ def test_the_docs_show_every_seed_of_the_study_of_collapse_on_cifar10():
         assert f"| {arm} | {knn} | {ever} | {last} |" in docs
 
 
-def test_the_docs_compare_the_methods_at_each_rate():
+@pytest.mark.parametrize("study, number", [("rates_cifar10", 6), ("robustness_cifar10", 2)])
+def test_the_docs_compare_the_methods_at_each_rate_and_momentum(study, number):
     """The paired differences on the test split, in points, and the alarms of both."""
-    folder = ROOT / "results" / "rates_cifar10"
+    folder = ROOT / "results" / study
     table, docs = json.loads((folder / "table.json").read_text())["arms"], (ROOT / "docs" / "study.md").read_text()
-    rates = [float(arm.rpartition(" ")[2]) for arm in table if arm.startswith("I-JEPA")]
-    assert len(rates) == 6
-    for rate in rates:
-        plain, regularised = f"I-JEPA, rate {rate}", f"C-JEPA 0.01, rate {rate}"
-        cells = [f"{rate:g}".removeprefix("0")]
+    plains = [arm for arm in table if arm.startswith("I-JEPA")]
+    assert len(plains) == number
+    for plain in plains:
+        change = plain.removeprefix("I-JEPA")
+        regularised = f"C-JEPA 0.01{change}"
+        cells = [(change.rpartition(" ")[2] or "0.98").removeprefix("0")]
         for measure in MEASURES:
             one, other = (table[arm]["test"][measure]["values"] for arm in (regularised, plain))
             points = [100 * (one[seed] - other[seed]) for seed in other]
@@ -128,6 +131,25 @@ def test_the_docs_show_other_methods_along_the_way():
             assert all(len(curve) == 10 for curve in curves)
             cells += [f"{100 * statistics.mean(curve[at] for curve in curves):.1f}" for at in (1, 4, 9)]
         assert f"| {' | '.join(cells)} |" in docs, cells
+
+
+def test_the_docs_compare_the_coefficients_at_each_size():
+    """The points that each coefficient gains over I-JEPA, and what it leaves of the differences between blocks."""
+    folder = ROOT / "results" / "coefficient_cifar10"
+    docs = (ROOT / "docs" / "study.md").read_text().splitlines()
+    runs = raw(folder)
+    assert len(runs) == 22
+    for size in ("base", "width 48", "width 192", "batch 32", "batch 256"):
+        plain = path_of(f"{size}, I-JEPA", 0)
+        before = [line["loss/invariance"] for line in metrics(folder, plain) if "loss/invariance" in line][-1]
+        gained, left = [], []
+        for weight in (0.01, 0.03, 0.1):
+            run = path_of(f"{size}, C-JEPA {weight}", 0)
+            after = [line["loss/invariance"] for line in metrics(folder, run) if "loss/invariance" in line][-1]
+            points = [100 * (runs[run]["test"][measure] - runs[plain]["test"][measure]) for measure in MEASURES]
+            gained.append(" / ".join(f"{value:+.1f}" for value in points))
+            left.append(f"{(after / before) ** 0.5:.2f}".removeprefix("0"))
+        assert f"| {size} | {' | '.join(gained + left)} |" in docs, gained + left
 
 
 def test_the_readme_quotes_the_study():

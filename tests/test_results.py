@@ -100,7 +100,7 @@ def test_the_docs_show_every_seed_of_the_study_of_collapse_on_cifar10():
         assert f"| {arm} | {knn} | {ever} | {last} |" in docs
 
 
-@pytest.mark.parametrize("study, number", [("rates_cifar10", 6), ("robustness_cifar10", 2)])
+@pytest.mark.parametrize("study, number", [("rates_cifar10", 6), ("robustness_cifar10", 3)])
 def test_the_docs_compare_the_methods_at_each_rate_and_momentum(study, number):
     """The paired differences on the test split, in points, and the alarms of both."""
     folder = ROOT / "results" / study

@@ -24,6 +24,10 @@ def metrics(folder: pathlib.Path, run: str) -> list[dict[str, float]]:
     return [json.loads(line) for line in files(folder)[f"{run}/metrics.jsonl"].splitlines()]
 
 
+def series(lines: list[dict[str, float]], metric: str) -> list[float]:
+    return [line[metric] for line in lines if metric in line]
+
+
 def judged(folder: pathlib.Path, run: str, measure: str) -> dict[str, dict]:
     """Gives what the evaluator found on the test split, by encoder."""
     return json.loads(files(folder)[f"{run}/evaluation/test.{measure}.json"])["results"][measure]
@@ -31,6 +35,15 @@ def judged(folder: pathlib.Path, run: str, measure: str) -> dict[str, dict]:
 
 def path_of(arm: str, seed: int | str) -> str:
     return f"runs/{arm.replace(' ', '_')}/seed{seed}"
+
+
+def short(value: float, digits: int) -> str:
+    """Writes a number below 1 without its 0."""
+    return f"{value:.{digits}f}".removeprefix("0")
+
+
+def lines_of(page: str) -> list[str]:
+    return (ROOT / "docs" / f"{page}.md").read_text().splitlines()
 
 
 def raw(folder: pathlib.Path) -> dict[str, dict[str, dict[str, float]]]:
@@ -70,7 +83,7 @@ def test_the_docs_show_the_table_as_it_is(folder):
     """They show the first columns of the table about the test split, and table.md is as table.json."""
     written = (folder / "table.md").read_text().split("## ")[1].splitlines()
     rows = [line for line in written if line.startswith("|")]
-    docs = (ROOT / "docs" / "study.md").read_text().splitlines()
+    docs = lines_of("study")
     assert len(rows) > 5 and not [row for row in rows if "|".join(row.split("|")[:7]) + "|" not in docs]
     for name, arm in json.loads((folder / "table.json").read_text())["arms"].items():
         row = arm["test"]["knn"]
@@ -83,7 +96,7 @@ def alarms(folder: pathlib.Path, arm: str, seeds: int) -> tuple[int, int]:
     """Counts the seeds of an arm that had an alarm of a collapse at any time, and at the end."""
     ever = last = 0
     for seed in range(seeds):
-        found = [line["rep/collapsed"] for line in metrics(folder, path_of(arm, seed)) if "rep/collapsed" in line]
+        found = series(metrics(folder, path_of(arm, seed)), "rep/collapsed")
         ever, last = ever + any(found), last + bool(found[-1])
     return ever, last
 
@@ -91,7 +104,7 @@ def alarms(folder: pathlib.Path, arm: str, seeds: int) -> tuple[int, int]:
 def test_the_docs_show_every_seed_of_the_study_of_collapse_on_cifar10():
     """kNN on the test split, seed by seed, and how many seeds had an alarm at any time, and at the end."""
     folder = ROOT / "results" / "collapse_cifar10"
-    runs, docs = raw(folder), (ROOT / "docs" / "study.md").read_text().splitlines()
+    runs, docs = raw(folder), lines_of("study")
     arms = json.loads((folder / "study.json").read_text())["arms"]
     assert len(arms) == 12 and len(runs) == 60
     for arm in arms:
@@ -104,7 +117,7 @@ def test_the_docs_show_every_seed_of_the_study_of_collapse_on_cifar10():
 def test_the_docs_compare_the_methods_at_each_rate_and_momentum(study, number):
     """The paired differences on the test split, in points, and the alarms of both."""
     folder = ROOT / "results" / study
-    table, docs = json.loads((folder / "table.json").read_text())["arms"], (ROOT / "docs" / "study.md").read_text()
+    table, docs = json.loads((folder / "table.json").read_text())["arms"], lines_of("study")
     plains = [arm for arm in table if arm.startswith("I-JEPA")]
     assert len(plains) == number
     for plain in plains:
@@ -116,18 +129,17 @@ def test_the_docs_compare_the_methods_at_each_rate_and_momentum(study, number):
             points = [100 * (one[seed] - other[seed]) for seed in other]
             cells.append(f"{statistics.mean(points):+.1f} ± {statistics.stdev(points) / len(points) ** 0.5:.1f}")
         counts = *alarms(folder, plain, 3), *alarms(folder, regularised, 3)
-        assert f"| {' | '.join([*cells, *map(str, counts)])} |" in docs.splitlines()
+        assert f"| {' | '.join([*cells, *map(str, counts)])} |" in docs
 
 
 def test_the_docs_show_other_methods_along_the_way():
     """Nearest neighbours and the linear probe on held-out images after 20, 50 and 100 % of them, means over seeds."""
     folder = ROOT / "results" / "neighbours_cifar10"
-    docs = (ROOT / "docs" / "study.md").read_text().splitlines()
+    docs = lines_of("study")
     for arm in json.loads((folder / "study.json").read_text())["arms"]:
         cells = [arm]
         for measure in MEASURES:
-            runs = [metrics(folder, path_of(arm, seed)) for seed in range(3)]
-            curves = [[line[f"eval/{measure}"] for line in lines if f"eval/{measure}" in line] for lines in runs]
+            curves = [series(metrics(folder, path_of(arm, seed)), f"eval/{measure}") for seed in range(3)]
             assert all(len(curve) == 10 for curve in curves)
             cells += [f"{100 * statistics.mean(curve[at] for curve in curves):.1f}" for at in (1, 4, 9)]
         assert f"| {' | '.join(cells)} |" in docs, cells
@@ -136,19 +148,19 @@ def test_the_docs_show_other_methods_along_the_way():
 def test_the_docs_compare_the_coefficients_at_each_size():
     """The points that each coefficient gains over I-JEPA, and what it leaves of the differences between blocks."""
     folder = ROOT / "results" / "coefficient_cifar10"
-    docs = (ROOT / "docs" / "study.md").read_text().splitlines()
+    docs = lines_of("study")
     runs = raw(folder)
     assert len(runs) == 22
     for size in ("base", "width 48", "width 192", "batch 32", "batch 256"):
         plain = path_of(f"{size}, I-JEPA", 0)
-        before = [line["loss/invariance"] for line in metrics(folder, plain) if "loss/invariance" in line][-1]
+        before = series(metrics(folder, plain), "loss/invariance")[-1]
         gained, left = [], []
         for weight in (0.01, 0.03, 0.1):
             run = path_of(f"{size}, C-JEPA {weight}", 0)
-            after = [line["loss/invariance"] for line in metrics(folder, run) if "loss/invariance" in line][-1]
+            after = series(metrics(folder, run), "loss/invariance")[-1]
             points = [100 * (runs[run]["test"][measure] - runs[plain]["test"][measure]) for measure in MEASURES]
             gained.append(" / ".join(f"{value:+.1f}" for value in points))
-            left.append(f"{(after / before) ** 0.5:.2f}".removeprefix("0"))
+            left.append(short((after / before) ** 0.5, 2))
         assert f"| {size} | {' | '.join(gained + left)} |" in docs, gained + left
 
 
@@ -168,14 +180,14 @@ def test_the_readme_quotes_the_study():
 
 def test_the_page_on_evaluation_shows_a_seed_of_the_study_on_cifar10():
     folder = ROOT / "results" / "convergence_cifar10"
-    page = (ROOT / "docs" / "evaluation.md").read_text().splitlines()
+    docs = lines_of("evaluation")
     encoders = {"raw pixels": ("I-JEPA", "raw pixels"), "untrained": ("I-JEPA", "untrained")}
     for title, (arm, encoder) in (encoders | {"I-JEPA": ("I-JEPA", "trained"), "C-JEPA": ("all", "trained")}).items():
         knn, logistic = (judged(folder, path_of(arm, 0), measure)[encoder] for measure in MEASURES)
         cells = [f"{100 * share:.1f}" for share in (knn["weighted"], knn["plain"], logistic["all labels"])]
         few = (logistic["0.01 of labels"], logistic["10 a class"])
         cells += [f"{100 * share['mean']:.1f} ± {100 * share['std']:.1f}" for share in few]
-        assert f"| {title} | {' | '.join(cells)} |" in page
+        assert f"| {title} | {' | '.join(cells)} |" in docs
 
 
 # Single runs, of which the pages on results, methods, reliability, fine-tuning and differences have tables
@@ -204,13 +216,8 @@ def spread(values) -> str:
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
-def short(value: float, digits: int) -> str:
-    """Writes a number below 1 without its 0."""
-    return f"{value:.{digits}f}".removeprefix("0")
-
-
 def last(run: str, metric: str) -> float:
-    return [line[metric] for line in single()[run][0] if metric in line][-1]
+    return series(single()[run][0], metric)[-1]
 
 
 def over_seeds(title: str, runs: str, encoder: str = "trained") -> str:
@@ -273,5 +280,5 @@ def expected_rows() -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("page", ["results", "differences", "reliability", "methods", "finetuning"])
 def test_tables_of_single_runs_say_what_the_runs_say(page):
-    docs = (ROOT / "docs" / f"{page}.md").read_text().splitlines()
+    docs = lines_of(page)
     assert not [row for row in expected_rows()[page] if not any(line.startswith(row) for line in docs)]

@@ -5,8 +5,7 @@
 
 I-JEPA and C-JEPA with the coefficient .01: three momenta at the start (.98, .9 and .996; all end at 1) and two
 initialisations, one changed at a time, with three seeds; nothing is tuned: 24 runs of 1,875 steps of 64 images, as in
-study_collapse_cifar10, from which six of them are known. The other initialisation has not yet been run. Hardware: one
-CPU core, 4 minutes a run, or a GPU.
+study_collapse_cifar10, from which six of them are known. Hardware: one CPU core, 4 minutes a run, or a GPU.
 """
 
 from typing import Any

@@ -19,6 +19,7 @@ from cjepa_jax.config import Data
 from cjepa_jax.data import sources
 from cjepa_jax.errors import UserError
 from cjepa_jax.models.vit import build_encoder
+from cjepa_jax.train import memory
 from tests import commands
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -61,11 +62,12 @@ def test_train_takes_files_and_settings_and_goes_on(run, capsys):
         cjepa_jax.train("no_such", workdir=run)
 
 
-def test_train_on_images_that_a_program_gives(tmp_path):
+def test_train_on_images_that_a_program_gives(tmp_path, monkeypatch):
     images = np.random.default_rng(0).integers(0, 256, (70, 8, 8), np.uint8)
     settings = SMALL | {"optim": {"epochs": 1.0, "warmup_epochs": 0.0}}
     cjepa_jax.train("digits", workdir=tmp_path / "own", source=sources.from_arrays(images), **settings)
     assert json.loads((tmp_path / "own" / "config.json").read_text())["data.source"] == "own"
+    monkeypatch.setattr(memory, "compile_step", None)  # what follows is said before anything is compiled
     with pytest.raises(UserError, match="was trained on other images"):
         cjepa_jax.train("digits", workdir=tmp_path / "own", source=sources.from_arrays(images[1:]), **settings)
     with pytest.raises(UserError, match=r"data.source = 'own' are images that a program gave"):

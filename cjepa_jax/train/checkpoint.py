@@ -55,8 +55,8 @@ class Checkpointer:
     """Writes and restores the checkpoints of one workdir.
 
     `meta` is {"config": flat config, "fingerprint": of the training images}; only a workdir with the same may be
-    continued. Each checkpoint holds in addition the checksum of every array, as the devices had it when it was saved,
-    and whether the run was calm then.
+    continued, which `check_workdir` and `check_images` see to. Each checkpoint holds in addition the checksum of every
+    array, as the devices had it when it was saved, and whether the run was calm then.
     """
 
     failure: StorageError | None = None  # of the last save, as soon as `watch` has seen it
@@ -118,7 +118,7 @@ class Checkpointer:
         return None
 
     def _read(self, step: int, abstract_state: PyTree) -> PyTree:
-        """Restores one state. Raises DamagedError on all processes where one of them cannot; UserError."""
+        """Restores one state. Raises DamagedError on all processes where one of them cannot."""
         path = self._directory / str(step)
         failure, reason = None, "another process cannot read it"
         try:
@@ -126,17 +126,11 @@ class Checkpointer:
                 as_saved = layout_as_saved(abstract_state, path / "state")
                 reader = orbax.reader(ocp.StandardCheckpointHandler)
                 saved = reader.restore(absolute(path / "state"), args=ocp.args.StandardRestore(as_saved))
-                meta = read_meta(path)
-                fingerprint = meta["fingerprint"]
+                meta = read_json(path / META)
         except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
             failure, reason = error, one_line(error)[:300]
         if distributed.any_of_them(failure is not None):
             raise DamagedError(f"checkpoint {path} cannot be read ({reason})") from failure
-        require(
-            fingerprint == self._meta["fingerprint"],
-            f"checkpoint {path} was trained on other images "
-            f"({fingerprint}) than data now gives ({self._meta['fingerprint']}); use another workdir",
-        )
         wanted = meta.get("checksums")  # which older checkpoints do not have
         if wanted is not None and (wrong := checksums.differences(checksums.of_tree(saved), wanted)):
             raise DamagedError(f"checkpoint {path} is damaged: {wrong}")
@@ -311,6 +305,22 @@ def check_workdir(
         + ("; --extend only makes a run longer" if changed == length and extend else ""),
     )
     return config, notes, before if extend and is_longer else None
+
+
+def check_images(workdir: epath.Path, fingerprint: str) -> None:
+    """Raises UserError where the newest checkpoint that can be read was trained on images of another fingerprint."""
+    for step in sorted(_steps(workdir / "checkpoints"), reverse=True):
+        path = workdir / "checkpoints" / str(step)
+        try:
+            before = read_json(path / META)["fingerprint"]
+        except (UserError, KeyError):  # it is damaged, which restoring says
+            continue
+        require(
+            before == fingerprint,
+            f"checkpoint {path} was trained on other images ({before}) than data now gives ({fingerprint}); use "
+            "another workdir",
+        )
+        return
 
 
 def _steps(folder: epath.Path) -> list[int]:

@@ -111,6 +111,7 @@ def set_up(
         start = {"classes": list(source.classes)}
         start |= {"init.step": loaded.step, "init.digest": _digest(loaded.params)} if loaded else {}
     config, notes, epochs_before = checkpoint.check_workdir(workdir, config, start, extend=extend)
+    checkpoint.check_images(workdir, source.fingerprint)
     reader = pipeline.Reader(source, data)
     learn_from = reader_to_learn_from(config, reader)
     notes += doubts(config, source, learn_from.source)

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict, config_dict, config_flags
 from cjepa_jax import settings
 from cjepa_jax.data import waiting
 from cjepa_jax.errors import StorageError, UserError, nearest, one_line, out_of_memory, require
+from cjepa_jax.tpu import chips
 
 _CONFIG = flags.DEFINE_string("config", None, "The experiment: a file, or the name of a shipped config.")
 _OVERRIDE = re.compile(r"--?(no)?config\.([\w.]+)(=.*)?", re.DOTALL)
@@ -200,9 +201,9 @@ def run(body: Callable[[], None], doc: str) -> None:
     """
     # What is compiled is kept for the next start; jax reads this when it is imported, which is later.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/cjepa_jax/xla"))
-    if not may_have_tpu():  # libtpu, where it is installed, would print a dozen lines about a TPU that is not there
-        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    if not chips.may_be_here():  # libtpu, where it is installed, would print a dozen lines about that
+        for name, value in chips.NO_TPU.items():
+            os.environ.setdefault(name, value)
     sys.stderr = _Stderr(sys.stderr)  # type: ignore[assignment]
     with waiting.leaving():
         try:
@@ -225,12 +226,6 @@ def run(body: Callable[[], None], doc: str) -> None:
                 file=sys.stderr,
             )
             sys.exit(2)
-
-
-def may_have_tpu(devices: str = "/sys/bus/pci/devices") -> bool:
-    """Tells whether a PCI device of this machine is Google's, by which JAX, too, knows a TPU."""
-    files = pathlib.Path(devices).glob("*/vendor")
-    return any(file.read_text().strip() == "0x1ae0" for file in files)
 
 
 def _help_is_wanted() -> bool:

@@ -22,7 +22,6 @@ from typing import Any, Literal, TypeVar
 from cjepa_jax.errors import UserError, nearest, require
 
 T = TypeVar("T")
-MISSING = dataclasses.MISSING  # in the place of the default of a required setting
 
 # Settings that may change between two runs in one workdir, because none of them alters what is trained.
 FREE_TO_CHANGE = (
@@ -39,7 +38,6 @@ FREE_TO_CHANGE = (
     "log.",
     "checkpoint.",
     "eval.",
-    "init.path",
 )
 
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -68,8 +69,8 @@ class Stop:
         return self
 
     def listen(self) -> None:
-        """Says that from now on there is something to save."""
-        if not self._previous:
+        """Says that from now on there is something to save. Python knows signals in its main thread only."""
+        if not self._previous and threading.current_thread() is threading.main_thread():
             self._previous = {signum: signal.signal(signum, self._request) for signum in BOTH}
 
     def _request(self, signum, frame):

@@ -81,6 +81,18 @@ def archive(request, tmp_path):
     return kind, root, labels, ("cat", "dog", "owl") if way == "of datasets" else ("0", "1", "2")
 
 
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_long_name_of_a_folder_or_link_is_not_that_of_the_next_image(tmp_path, form):
+    with tarfile.open(tmp_path / "train.tar", "w", format=form) as tar:
+        for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE):
+            info = tarfile.TarInfo(f"{LONG}{kind}")
+            info.type, info.linkname = kind, f"{LONG}to" if kind == tarfile.SYMTYPE else ""
+            tar.addfile(info)
+            add(tar, f"{kind.decode()}.jpg", jpeg(0))
+    source = sources.load(Data(source="webdataset", data_dir=str(tmp_path), **MEAN), "train")
+    assert [source.name(i).rpartition("/")[2] for i in range(2)] == ["5.jpg", "2.jpg"]
+
+
 def load(archive, split: str) -> sources.Source:
     return sources.load(Data(source=archive[0], data_dir=str(archive[1]), **MEAN), split)
 

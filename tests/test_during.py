@@ -6,11 +6,14 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from sklearn.datasets import load_digits
 
 from cjepa_jax.config import Mesh
 from cjepa_jax.data import pipeline, sources
 from cjepa_jax.errors import UserError
 from cjepa_jax.evaluate.during import DuringTraining, reader_to_learn_from
+from cjepa_jax.evaluate.frozen import labelled
+from cjepa_jax.evaluate.sets import Labelled
 from cjepa_jax.models.vit import build_encoder
 from cjepa_jax.train import sharding
 from cjepa_jax.train.setup import set_up
@@ -37,6 +40,29 @@ def test_the_log_shows_the_trained_encoder_and_not_a_baseline(make_config, tmp_p
     assert found["eval/logistic"] == quick["eval/logistic"] == results["logistic"]["trained"]["all labels"]
     assert len(results["knn"]["trained"]["weighted, 10 a class"]["draws"]) == 2
     assert "untrained" in capsys.readouterr().out
+
+
+def test_images_without_a_label_do_not_judge(make_config, tmp_path):
+    """A third of both splits has none: the accuracies are those of the rest."""
+    digits, split = load_digits(), {"train": slice(0, 120), "test": slice(120, 180)}
+    images, found = digits.images.astype(np.uint8) * 16, {}
+    for name, kept in (("some", slice(None)), ("rest", np.arange(1797) % 3 != 0)):
+        arrays = {f"{key}_images": images[rows][kept[rows] if name == "rest" else kept] for key, rows in split.items()}
+        for key, rows in split.items():
+            labels = np.where(np.arange(1797) % 3 == 0, -1, digits.target)[rows]
+            arrays[f"{key}_labels"] = labels[labels >= 0] if name == "rest" else labels
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+        config = make_config(data__source="npz", data__data_dir=str(tmp_path / f"{name}.npz"), eval__every=2)
+        train = pipeline.Reader(sources.load(config.data, config.data.train_split), config.data)
+        encoder = build_encoder(config.model, grid=(4, 4))
+        params = encoder.init(jax.random.key(0), np.zeros((1, 16, 4), np.float32))["params"]
+        found[name] = DuringTraining(config, train, sharding.make_mesh(Mesh())).probe({"encoder": params})
+    assert {key: found["some"][key] for key in ("eval/knn", "eval/logistic")} == pytest.approx(
+        {key: found["rest"][key] for key in ("eval/knn", "eval/logistic")}
+    )
+    nothing = {"trained": Labelled(np.zeros((2, 1, 4)), np.array([-1, -1]))}
+    with pytest.raises(UserError, match=r"data.test_split = 'test': none of 2 images has a label"):
+        labelled(nothing, "data.test_split = 'test'")
 
 
 def test_unlabelled_images_are_trained_on_and_labelled_ones_judge(make_config, tmp_path):

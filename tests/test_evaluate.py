@@ -257,6 +257,13 @@ def test_the_verdict_has_the_limits_of_the_alarm_while_training():
     assert collapse.Collapse().notes({"trained": {}})[0].startswith("verdict: none, for want of")
 
 
+def test_the_linear_probe_without_the_last_layer_alone(workdir):
+    """Raw pixels have one layer, which is taken all the same."""
+    chosen = settings(linear__layers=(4,))
+    rows = chosen.linear.run(freeze(workdir, "encoder", chosen, baselines=True, layers=4), None)
+    assert {name: list(row["all"]) for name, row in rows.items()}["raw pixels"] == ["last 2 layers"]
+
+
 def test_augmented_linear_probe(workdir):
     chosen = settings(linear__augment=True, views__flip=0.0)
     rows = chosen.linear.run(freeze(workdir, "encoder", chosen, baselines=True, layers=4), None)

@@ -15,6 +15,7 @@ import pytest
 from etils import epath
 
 from cjepa_jax.errors import UserError
+from cjepa_jax.tpu import chips
 from cjepa_jax.train import distributed, lock
 from tests.commands import QUICK, Command, run
 
@@ -61,8 +62,12 @@ def finish(processes: list[Command], *codes: int) -> list[str]:
     return said
 
 
+def lines(workdir: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses(workdir: pathlib.Path) -> list[float]:
-    return [json.loads(line)["loss/total"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss/total"] for line in lines(workdir) if "loss/total" in line]
 
 
 def saved(workdir: pathlib.Path, step: int):
@@ -78,7 +83,7 @@ def saved(workdir: pathlib.Path, step: int):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> pathlib.Path:
     workdir = tmp_path_factory.mktemp("alone") / "run"
-    finish(start(1, 4, f"--workdir={workdir}"))
+    finish(start(1, 4, f"--workdir={workdir}", "--config.eval.every=10"))
     return workdir
 
 
@@ -107,13 +112,22 @@ def test_processes_train_as_one(alone, tmp_path, count, devices, settings):
 
 
 def test_another_number_of_processes_goes_on(alone, tmp_path):
-    """Two processes, which share the parameters, take the second half of what one has begun: same images and masks."""
+    """Two processes, which share the parameters, take the second half of what one has begun: same images and masks.
+
+    At the end they judge the features, of which each has a part.
+    """
     workdir = tmp_path / "run"
     shutil.copytree(alone, workdir)
     shutil.rmtree(workdir / "checkpoints" / "10")
-    said = finish(start(2, 2, f"--workdir={workdir}", "--config.mesh.fsdp=4", *SHARED))
+    kept = [line for line in lines(workdir) if line["step"] <= 5]
+    (workdir / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in kept))
+    (workdir / "evaluation.json").unlink()
+    said = finish(start(2, 2, f"--workdir={workdir}", "--config.mesh.fsdp=4", "--config.eval.every=10", *SHARED))
     assert "going on from step 5" in said[0]
     check(said, workdir, alone, 10)
+    for name in ("eval/knn", "eval/logistic"):
+        assert lines(workdir)[-1][name] == pytest.approx(lines(alone)[-1][name], abs=0.01)
+    assert (workdir / "evaluation.json").exists()
 
 
 def test_a_stop_of_one_stops_all_after_the_same_step(alone, tmp_path):
@@ -145,6 +159,18 @@ def test_an_error_of_one_stops_all_and_saves_nothing_of_it(tmp_path):
     assert "error: another process could not go on and says why" in said[0]
     assert "error: 100 images in a row cannot be read" in said[1]
     assert not list((workdir / "checkpoints").glob("[0-9]*"))
+
+
+def test_an_error_of_one_in_an_evaluation_ends_all(tmp_path):
+    """Process 1 cannot read the test images, and process 0 would wait for its features."""
+    before = (
+        "import sys; from cjepa_jax.data import sources; read = sources.Source.read; "
+        "gone = lambda self: '--process_id=1' in sys.argv and 'test' in self.name(0); "
+        "sources.Source.read = lambda self, i: "
+        "(_ for _ in ()).throw(sources.UnreadableError('gone')) if gone(self) else read(self, i)"
+    )
+    said = finish(start(2, 1, f"--workdir={tmp_path / 'run'}", "--config.eval.every=5", first=before), 1, 1)
+    assert "error: process 1 cannot go on" in said[0] and "images tried cannot be read" in said[0]
 
 
 def test_a_workdir_in_use_is_refused_by_all(tmp_path):
@@ -185,3 +211,13 @@ def test_slurm_starts_it(monkeypatch):
     monkeypatch.setenv("SLURM_PROCID", "2")
     distributed.start(None, None, None, 7)
     assert [given["initialization_timeout"] for given in started] == [7]
+
+
+def test_a_tpu_starts_it_and_other_accelerators_do_not(monkeypatch):
+    started = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **given: started.append(given))
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    for there in (False, True):
+        monkeypatch.setattr(chips, "may_be_here", lambda there=there: there)
+        distributed.start(None, None, None, 1)
+        assert len(started) == there

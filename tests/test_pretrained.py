@@ -70,6 +70,10 @@ def test_a_new_run_starts_from_another_ones_networks(trained, tmp_path, make_con
         same(state.params[name], trained[1].params[name])
     with pytest.raises(AssertionError):
         same(state.averages["target_encoder"], state.params["encoder"])  # the average came along, too
+    begun = set_up(config, epath.Path(tmp_path / "run"), epath.Path(tmp_path / "gone"))  # not needed any more
+    assert not begun.networks and begun.meta["config"]["init.path"] == str(trained[0])
+    rng = jax.random.key(5)
+    same(begun.untrained_encoder(rng), begun.init(rng).params["encoder"])
 
 
 @pytest.mark.parametrize("kind", ["transformers", "encoder", "target_encoder"])

@@ -360,6 +360,9 @@ def test_the_best_checkpoint_by_a_probe_stays(tmp_path, monkeypatch, capsys):
         loop.train(short, workdir)
         assert steps(workdir) == ["10", "4"]
         assert f"; the best knn, 90.0%, is that of {workdir}/checkpoints/4" in capsys.readouterr().err
+    shutil.rmtree(workdir / "checkpoints" / "4")  # what is no longer there is not the best one
+    loop.train(short, workdir)
+    assert f"; the best knn, 50.0%, is that of {workdir}/checkpoints/10" in capsys.readouterr().err
     for more, says in (
         ({"eval__every": 0}, "is not evaluated during training: nothing is; see eval.every, eval.source"),
         ({"eval__evaluators": ("logistic",)}, "is not evaluated during training: eval.evaluators are logistic"),

@@ -3,14 +3,33 @@
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
+from cjepa_jax import signals
 from tests.commands import QUICK, Command
 from tests.test_train import ROOT, SMALL, lines
 
 DIGITS = ["cjepa_jax.main", "--config=configs/digits.py", *SMALL]
+
+
+def test_a_run_in_another_thread_leaves_signals_alone():
+    """Python lets the main thread only take them."""
+    before, failed = signal.getsignal(signal.SIGTERM), []
+
+    def listen():
+        try:
+            with signals.Stop() as stop:
+                stop.listen()
+        except ValueError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    thread.join()
+    assert not failed and signal.getsignal(signal.SIGTERM) is before
 
 
 # Where the tests run in the background, SIGINT may be ignored.

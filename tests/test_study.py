@@ -17,6 +17,7 @@ from etils import epath
 from cjepa_jax.command import load_config
 from cjepa_jax.errors import UserError
 from cjepa_jax.evaluate.during import DuringTraining
+from cjepa_jax.methods import METHODS
 from cjepa_jax.studies import design, results, runs
 from cjepa_jax.train import nonfinite, step, writer
 from tests import commands
@@ -373,7 +374,7 @@ def test_plan_measures_in_a_new_workdir_and_writes_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_time_left_is_that_of_the_runs(tmp_path):
+def test_time_left_is_that_of_the_runs(tmp_path, monkeypatch):
     """The arm that has run is measured, the other one is guessed by its products."""
     study = read(tmp_path / "run")
     folder = study.trial(study.arms["I-JEPA"], 0).folder
@@ -387,6 +388,8 @@ def test_time_left_is_that_of_the_runs(tmp_path):
     left = writer.duration((3.5 + 4) * seconds)
     said = runs.plan(study)
     assert f"study: 0 of 8 runs done, about {left} left" in said and "trials 0/2  seeds 0/2" in said
+    monkeypatch.setattr(METHODS["cjepa"], "transformers", lambda self: {})  # then by the images
+    assert runs.seconds_per_run(study) == pytest.approx({"I-JEPA": seconds, "C-JEPA": seconds})
 
 
 @pytest.mark.parametrize(

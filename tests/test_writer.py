@@ -13,7 +13,7 @@ import jax
 import pytest
 from etils import epath
 
-from cjepa_jax import command, plots
+from cjepa_jax import plots
 from cjepa_jax.methods.cjepa import CJEPA
 from cjepa_jax.tpu import chips, flops
 from cjepa_jax.train import loop, writer
@@ -123,6 +123,6 @@ def test_a_tpu_is_known_by_its_maker(tmp_path):
     for name, vendor in (("a", "0x8086"), ("b", "0x1af4")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "vendor").write_text(f"{vendor}\n")
-    assert not command.may_have_tpu(str(tmp_path)) and not command.may_have_tpu(str(tmp_path / "none"))
+    assert not chips.may_be_here(str(tmp_path)) and not chips.may_be_here(str(tmp_path / "none"))
     (tmp_path / "b" / "vendor").write_text("0x1ae0\n")
-    assert command.may_have_tpu(str(tmp_path))
+    assert chips.may_be_here(str(tmp_path))

@@ -99,7 +99,12 @@ class TorchStep:
         plain = config.vicreg.views == "target_blocks" and not config.vicreg.projector
         require(plain, "--against=torch needs vicreg.views = 'target_blocks' and vicreg.projector = ()")
         require(config.loss.kind == "smooth_l1", "--against=torch needs loss.kind = 'smooth_l1'")
-        require(config.optim.microbatches == 1, "--against=torch needs optim.microbatches = 1")
+        require(config.sigreg.weight == 0, "--against=torch needs sigreg.weight = 0")
+        require(not config.ema.warmup, "--against=torch needs ema.warmup = False")
+        require(
+            config.optim.microbatches == 1 and config.optim.clip_norm == 0 and not config.optim.frozen,
+            "--against=torch needs optim.microbatches = 1, optim.clip_norm = 0 and optim.frozen = ()",
+        )
         self.config = config
         self.device = "cuda" if jax.default_backend() == "gpu" else "cpu"
         patch = config.model.patch_size

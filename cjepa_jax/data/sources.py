@@ -9,11 +9,15 @@ npz     `data.data_dir` is a file of arrays SPLIT_images [n, H, W] or [n, H, W, 
 folder  `data.data_dir` is a folder of images: see folder.py.
 tfds    A data set in ArrayRecord files, by its TFDS name, or, with an empty name,
         `data.data_dir` itself, as `python -m cjepa_jax.data.prepare` writes it.
+webdataset, parquet
+        `data.data_dir` is a folder of tar shards or of Parquet files.
 clevr_count, clevr_distance
         TFDS' clevr with the labels of VTAB (Zhai et al. 2019, arXiv 1910.04867).
+own     Images that a program gave (`from_arrays`, or a Source of its own).
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -260,8 +264,9 @@ def _builder(data: Data) -> Any:
             f"data.name is empty, and data.data_dir = {data.data_dir!r} has no dataset_info.json: it is no data set",
         )
         return tfds.builder_from_directory(data_dir)
+    find = functools.partial(tfds.builder, data.name, data_dir=data_dir or None, file_format="array_record")
     try:
-        builder = tfds.builder(data.name, data_dir=data_dir or None, file_format="array_record")
+        builder = find()
     except tfds.core.DatasetNotFoundError:
         raise UserError(f"data.name = {data.name!r} is not a TFDS data set (tfds.list_builders() lists them)") from None
     except (ValueError, AssertionError) as error:  # a malformed name or version, or another file format
@@ -274,7 +279,9 @@ def _builder(data: Data) -> Any:
         try:
             builder.download_and_prepare()
         except Exception as error:  # no network, no TensorFlow, files to be placed by hand, no space, ...
-            raise UserError(_how_to_prepare(builder, data, one_line(error))) from None
+            if not find().is_prepared():  # else another process has been faster
+                raise UserError(_how_to_prepare(builder, data, one_line(error))) from None
+            builder = find()
     return builder
 
 

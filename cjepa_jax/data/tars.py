@@ -130,6 +130,7 @@ def _headers(file: int, path: epath.Path) -> Iterator[tuple[bytes, int, int]]:
             prefix = header[345:500].split(b"\0")[0] if header[257:263] == b"ustar\0" else b""
             short = header[:100].split(b"\0")[0]
             yield long_name or (prefix + b"/" + short if prefix else short), content, size
+        if kind not in (b"L", b"x", b"K", b"g"):  # a member of any kind has taken the name
             long_name = b""
         position = content + -(-size // _BLOCK) * _BLOCK
 

@@ -158,13 +158,16 @@ class Frozen:
     def splits(self, *, layers: int = 1) -> dict[str, Splits]:
         """Returns each encoder's features of both splits, those of its last `layers` blocks side by side.
 
-        Raises UserError where labels are missing; and, for a checkpoint, where a split lacks classes of the other.
+        Raises UserError where a split has no labels; and, for a checkpoint, where some of its images have none, or
+        where it lacks classes of the other.
         """
         self.check_labels()
         train, test = self.train_features, self.test_features
-        if self.origin:  # a training is not to be stopped by a sample that lacks a class
-            names = f"data.train_split = {self.data.train_split!r}", f"data.test_split = {self.data.test_split!r}"
+        names = f"data.train_split = {self.data.train_split!r}", f"data.test_split = {self.data.test_split!r}"
+        if self.origin:
             check_classes(train[self.judged].labels, test[self.judged].labels, names=names)
+        else:  # a training is not to be stopped by a sample that lacks a class, or some labels
+            train, test = (labelled(split, name) for split, name in zip((train, test), names, strict=True))
         return {name: Splits(train[name].last(layers), test[name].last(layers)) for name in self.params}
 
     @property
@@ -175,6 +178,14 @@ class Frozen:
     def check_labels(self) -> None:
         """Raises UserError where a split has no labels, or where the splits number their classes differently."""
         check_labels(self.data, self.train.source, self.test.source)
+
+
+def labelled(split: dict[str, Labelled], name: str) -> dict[str, Labelled]:
+    """Leaves out the images without a label of each encoder's features. Raises UserError where that is all of them."""
+    (labels, *_) = (images.labels for images in split.values())
+    kept = np.flatnonzero(labels >= 0)
+    require(len(kept) > 0, f"{name}: none of {len(labels)} images has a label; eval.source names others to judge by")
+    return split if len(kept) == len(labels) else {encoder: images.take(kept) for encoder, images in split.items()}
 
 
 def check_labels(data: Data, train: sources.Source, test: sources.Source) -> None:

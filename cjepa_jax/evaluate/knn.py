@@ -150,6 +150,6 @@ def accuracies(
         truth = test.labels[start : start + len(cosine)]
         for i, temperature in enumerate(temperatures):
             votes = vote(cosine, labels[rows], classes=classes, temperature=temperature)
-            right[i] += (jax.device_get(votes)[: len(truth)] == truth).sum()
+            right[i] += (sharding.fetch(votes)[: len(truth)] == truth).sum()
         start += len(cosine)
     return [float(x) for x in right / len(test.labels)]

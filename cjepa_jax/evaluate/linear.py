@@ -81,7 +81,7 @@ class Linear(Evaluator):
             f"{name}, {depth}": (name, depth)
             for name in frozen.params
             for depth in depths
-            if name != PIXELS or depth == 1
+            if name != PIXELS or depth == depths[0]  # pixels have one layer, whatever is asked for
         }
         sets = {depth: frozen.splits(layers=depth) for depth in depths}
         train = {key: sets[depth][name].train for key, (name, depth) in keys.items()}

@@ -154,8 +154,11 @@ def seconds_per_run(study: Study) -> dict[str, float]:
     }
     if not found:
         return {}
-    rate = statistics.median(seconds / _cost(study, study.arms[name]) for name, seconds in found.items())
-    return {name: found.get(name, rate * _cost(study, arm)) for name, arm in study.arms.items()}
+    costs = {name: _cost(study, arm) for name, arm in study.arms.items()}
+    if not all(costs.values()):  # a method does not say what it computes
+        costs = {name: float(arm.images_seen) for name, arm in study.arms.items()}
+    rate = statistics.median(seconds / costs[name] for name, seconds in found.items())
+    return {name: found.get(name, rate * cost) for name, cost in costs.items()}
 
 
 def _left(study: Study, arm: Arm) -> float:

@@ -1,16 +1,23 @@
 """Lists TPU chips, what they can do, and the slices of them that exist; and the peaks of GPUs."""
 
 import dataclasses
+import pathlib
 
 from cjepa_jax.errors import require
 
 GIB = 2**30
 
-# These run the compiler without a TPU. The last two keep it from complaining that there is none, and the cache of
-# compiled programs is off because a program for a TPU cannot be read back from it here.
+NO_TPU = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}  # keep libtpu from complaining
+# These run the compiler without a TPU. The cache of compiled programs is off because a program for a TPU cannot be read
+# back from it here.
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-ENVIRONMENT |= {"JAX_ENABLE_COMPILATION_CACHE": "false"}
-ENVIRONMENT |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
+ENVIRONMENT |= {"JAX_ENABLE_COMPILATION_CACHE": "false", **NO_TPU}
+
+
+def may_be_here(devices: str = "/sys/bus/pci/devices") -> bool:
+    """Tells whether a PCI device of this machine is Google's, by which JAX, too, knows a TPU."""
+    files = pathlib.Path(devices).glob("*/vendor")
+    return any(file.read_text().strip() == "0x1ae0" for file in files)
 
 
 @dataclasses.dataclass(frozen=True)

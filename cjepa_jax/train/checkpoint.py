@@ -182,8 +182,9 @@ class Checkpointer:
         self._saving = step, needed
 
     def judge(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Looks at a line of metrics.jsonl: where it is the best evaluation so far, the step's checkpoint stays."""
-        if (value := metrics.get(f"eval/{self._best_by}", -math.inf)) > self._highest:
+        """Looks at a line of metrics.jsonl: where it is the best evaluation of a checkpoint so far, this one stays."""
+        value = metrics.get(f"eval/{self._best_by}", -math.inf)
+        if value > self._highest and step in self._manager.all_steps():
             self._best.step, self._highest = step, value
 
     def best(self) -> str:
@@ -272,7 +273,7 @@ def check_workdir(
     )
     check_writable(workdir, "--workdir")
     require(not workdir.exists() or workdir.is_dir(), f"--workdir {workdir} is a file")
-    saved, steps = workdir / "config.json", _steps(workdir / "checkpoints")
+    saved, steps = workdir / "config.json", saved_steps(workdir)
     if not saved.exists():
         require(not steps, f"--workdir {workdir} has checkpoints but no config.json; use another")
         require(not extend, f"--extend: --workdir {workdir} holds no run to make longer; leave --extend out")
@@ -309,7 +310,7 @@ def check_workdir(
 
 def check_images(workdir: epath.Path, fingerprint: str) -> None:
     """Raises UserError where the newest checkpoint that can be read was trained on images of another fingerprint."""
-    for step in sorted(_steps(workdir / "checkpoints"), reverse=True):
+    for step in sorted(saved_steps(workdir), reverse=True):
         path = workdir / "checkpoints" / str(step)
         try:
             before = read_json(path / META)["fingerprint"]
@@ -323,7 +324,9 @@ def check_images(workdir: epath.Path, fingerprint: str) -> None:
         return
 
 
-def _steps(folder: epath.Path) -> list[int]:
+def saved_steps(workdir: epath.Path) -> list[int]:
+    """Lists the steps that a run has saved, in no order."""
+    folder = workdir / "checkpoints"
     return [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
 
 

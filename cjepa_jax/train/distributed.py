@@ -1,6 +1,5 @@
 """Several processes as one run: started where the environment asks for it, and stopped together."""
 
-import glob
 import os
 import socket
 import sys
@@ -13,6 +12,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from cjepa_jax.errors import UserError, one_line, require
+from cjepa_jax.tpu import chips
 from cjepa_jax.train import peers
 
 _NOTICE = 60.0  # seconds of a step
@@ -29,9 +29,8 @@ def start(coordinator_address: str | None, num_processes: int | None, process_id
     missing = [f"--{name}" for name, value in given.items() if value is None]
     require(len(missing) in (0, 3), f"{' and '.join(missing)} missing: several processes need all three flags")
     slurm = int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ
-    # What a TPU VM has; on one that is alone the start is harmless.
-    devices = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
-    tpu = os.environ.get("JAX_PLATFORMS", "tpu").startswith("tpu") and bool(devices)
+    # On a TPU VM that is alone the start is harmless.
+    tpu = os.environ.get("JAX_PLATFORMS", "tpu").startswith("tpu") and chips.may_be_here()
     if not (slurm or tpu or not missing):
         return
     address = coordinator_address or "the first process (as Slurm or the TPU slice names it)"

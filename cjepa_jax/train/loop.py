@@ -84,6 +84,7 @@ def _train(
     checkpoints = checkpoint.Checkpointer(workdir, config.checkpoint, run.meta)
     restored = checkpoints.restore(program.state)
     state = run.init(rng_init) if restored is None else restored
+    run.networks.clear()  # which take as much memory as the run's own
     start = int(jax.device_get(state.step))
     check = pipeline.check_labelled if run.method.needs_labels else lambda batch: None
     rows = sharding.local_rows(program.batch.images)
@@ -109,7 +110,8 @@ def _train(
             print(run.origin, file=sys.stderr, flush=True)
         if run.epochs_before:
             print(run.jump(start), file=sys.stderr, flush=True)
-        _draw_masks(run, workdir)
+        with peers.leaving_at_once(unless=_is_for_the_loop):
+            _draw_masks(run, workdir)
 
     consensus = distributed.Consensus(program.split, program.whole)
     recorder = Recorder(workdir, seed=config.seed, start=start, params=state.params)
@@ -123,7 +125,8 @@ def _train(
     def probe() -> None:
         assert run.evaluation
         log.pause()
-        metrics = run.evaluation.probe(run.method.networks(state.params, state.averages))
+        with peers.leaving_at_once(unless=_is_for_the_loop):
+            metrics = run.evaluation.probe(run.method.networks(state.params, state.averages))
         log.write(step, metrics)
         checkpoints.judge(step, metrics)
 
@@ -198,7 +201,8 @@ def _train(
         if stalled:
             if step > start and jax.process_count() == 1:  # several would have to save together
                 recorder.check(step, running, saved=True)
-                checkpoints.save(step, state)
+                trouble.observe(jax.device_get(running))
+                checkpoints.save(step, state, calm=not trouble.found)
             if not stop.requested or jax.process_count() > 1:
                 raise stalled
             log.note(str(stalled))
@@ -208,8 +212,9 @@ def _train(
             owes = False
             networks = run.method.networks(state.params, state.averages)
             baselines = baselines and not run.method.needs_labels
-            untrained = program.init(rng_init).params["encoder"] if baselines else None
-            metrics = run.evaluation.report(networks, untrained, workdir, step=step)
+            untrained = run.untrained_encoder(rng_init) if baselines else None
+            with peers.leaving_at_once(unless=_is_for_the_loop):
+                metrics = run.evaluation.report(networks, untrained, workdir, step=step)
             if not log.has_evaluation(step):
                 log.write(step, metrics)
             checkpoints.judge(step, metrics)
@@ -232,6 +237,11 @@ def _connect(run: Training, workdir: epath.Path) -> trackers.Trackers | None:
     if distributed.any_of_them(refused is not None):
         raise refused or UserError(_ELSEWHERE)
     return following
+
+
+def _is_for_the_loop(error: Exception) -> bool:
+    """Tells whether an error of an evaluation, which may come to one process alone, is one that the loop looks at."""
+    return isinstance(error, waiting.StalledError)
 
 
 def _all_raise(error: Exception) -> bool:
@@ -328,9 +338,9 @@ def _headline(run: Training, state: TrainState, start: int) -> str:
 
 def _draw_masks(run: Training, workdir: epath.Path) -> None:
     """Draws masks.png, where the method hides something."""
-    images = next(pipeline.ordered_batches(run.reader, size=6, crop_fraction=1.0))[0]
-    sampled = jax.jit(lambda: run.method.masks(jax.random.key(run.config.seed), len(images)))()
+    sampled = jax.jit(lambda: run.method.masks(jax.random.key(run.config.seed), min(6, len(run.reader.source))))()
     if sampled is not None:
+        images = next(pipeline.ordered_batches(run.reader, size=6, crop_fraction=1.0))[0]
         plots.masks(images, jax.device_get(sampled), workdir / "masks.png", grid=run.config.grid)
 
 

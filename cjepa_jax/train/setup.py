@@ -17,6 +17,7 @@ from cjepa_jax.config import Config, Data
 from cjepa_jax.data import pipeline, sources
 from cjepa_jax.errors import require, saying
 from cjepa_jax.evaluate.during import DuringTraining, reader_to_learn_from
+from cjepa_jax.files import read_json
 from cjepa_jax.interop import transformers
 from cjepa_jax.interop.tensors import ImportOptions, OpenedCheckpoint
 from cjepa_jax.methods import METHODS, Method
@@ -36,7 +37,7 @@ class Training:
     reader: pipeline.Reader
     evaluation: DuringTraining | None
     meta: dict[str, Any]  # the flat config, and the fingerprint of the images
-    networks: dict[str, Any]  # what a new run starts from instead of random parameters; emptied when it has
+    networks: dict[str, Any]  # what a new run starts from instead of random parameters
     origin: str = ""  # a sentence about what of a new run comes from the checkpoint of --init, and what is fresh
     epochs_before: float | None = None  # the length that the run had before it was made longer
 
@@ -45,10 +46,14 @@ class Training:
         state = self.program.init(rng)
         if self.networks:
             params, averages = self.method.start_from(self.networks)
-            self.networks = {}
             state = state.replace(params={**state.params, **params}, averages={**state.averages, **averages})
             state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, self.program.state))
         return state
+
+    def untrained_encoder(self, rng: jax.Array) -> PyTree[jax.Array]:
+        """Draws the encoder that a new run starts from without --init, and no other part of the state."""
+        placed = jax.tree.map(lambda x: x.sharding, self.program.state.params["encoder"])
+        return jax.jit(lambda rng: self.method.init(rng)["encoder"], out_shardings=placed)(rng)
 
     def jump(self, step: int) -> str:
         """Says what becomes of the schedules of a run that was made longer, when it goes on after `step` steps."""
@@ -101,7 +106,7 @@ def set_up(
             "fine-tuning is judged on data.test_split",
         )
         _check_labels(data, source, sources.load(data, data.test_split))
-    loaded, origin = _load_init(init, kind, config) if init else (None, "")
+    loaded, origin = _load_init(init, kind, config) if init and kind.needs_labels else (None, "")
     config = kind.resolve(config, str(init), loaded)
     data = config.data
     steps = count_steps(config, images=len(source))
@@ -112,6 +117,12 @@ def set_up(
         start |= {"init.step": loaded.step, "init.digest": _digest(loaded.params)} if loaded else {}
     config, notes, epochs_before = checkpoint.check_workdir(workdir, config, start, extend=extend)
     checkpoint.check_images(workdir, source.fingerprint)
+    started_from = str(init) if init else None
+    if not kind.needs_labels:
+        if checkpoint.saved_steps(workdir):  # of which the run goes on, and needs nothing more of `init`
+            started_from = read_json(workdir / "config.json").get("init.path")
+        elif init:
+            loaded, origin = _load_init(init, kind, config)
     reader = pipeline.Reader(source, data)
     learn_from = reader_to_learn_from(config, reader)
     notes += doubts(config, source, learn_from.source)
@@ -151,7 +162,7 @@ def set_up(
         reader=reader,
         evaluation=evaluation,
         meta={
-            "config": flatten(config) | start | ({"init.path": str(init)} if init else {}),
+            "config": flatten(config) | start | ({"init.path": started_from} if started_from else {}),
             "fingerprint": source.fingerprint,
         },
         networks=networks,

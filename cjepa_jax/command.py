@@ -145,26 +145,6 @@ def _override(values: dict[str, Any], cls: type) -> None:
     values.update(settings.merged(values, overridden.to_dict()))
 
 
-class TrainingFlags:
-    """The flags that every training has; to be made while its module is imported."""
-
-    def __init__(self):
-        self._workdir = flags.DEFINE_string(
-            "workdir", None, "Where results go; default runs/<name of the config file>."
-        )
-        self._coordinator = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.")
-        self._processes = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
-        self._process = flags.DEFINE_integer("process_id", None, "Which of them this is.")
-        self._timeout = flags.DEFINE_integer("start_timeout", 300, "Seconds to wait for one another.", lower_bound=1)
-
-    def start(self, name: str) -> str:
-        """Connects the processes; returns the workdir for a config file of this name. Raises UserError."""
-        from cjepa_jax.train import distributed  # after the flags: importing jax takes seconds
-
-        distributed.start(self._coordinator.value, self._processes.value, self._process.value, self._timeout.value)
-        return workdir_of(self._workdir.value, name)
-
-
 def workdir_of(given: str | None, name: str) -> str:
     """Gives --workdir, or the default for a config file of this name, whose parent is made. Raises UserError."""
     if given is None:

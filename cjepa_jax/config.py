@@ -300,7 +300,7 @@ class Eval:
 class Config:
     """A whole experiment, as far as all methods have it in common; a method's own settings extend it."""
 
-    method: str = setting("cjepa", "What is trained; see docs/architecture.md.")
+    method: str = setting("cjepa", "What is trained; see docs/methods.md.")
     seed: int = setting(0, "Root of all random draws.", within="[0, 4294967295]")
     data: Data = group(Data, "Where images come from and how they are cropped.")
     model: Model = group(Model, "The encoder, a plain pre-norm ViT without class token.")

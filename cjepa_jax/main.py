@@ -47,19 +47,24 @@ from cjepa_jax.errors import require
 _INIT = flags.DEFINE_string("init", None, "A checkpoint whose networks to start from.")
 _EXTEND = flags.DEFINE_bool("extend", False, "Let optim.epochs be larger than it was in the workdir.")
 _PROFILE = flags.DEFINE_string("profile", None, "START:STOP, the steps to record a trace of.")
-_FLAGS = command.TrainingFlags()
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where results go; default runs/<name of the config file>.")
+_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.")
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
+_PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is.")
+_TIMEOUT = flags.DEFINE_integer("start_timeout", 300, "Seconds to wait for one another.", lower_bound=1)
 flags.DEFINE_alias("checkpoint", "init")  # its name where fine-tuning had a command of its own
 
 
 def _run() -> None:
     from cjepa_jax.methods import find_method  # after the flags: importing jax takes seconds
-    from cjepa_jax.train import lock, loop, nonfinite
+    from cjepa_jax.train import distributed, lock, loop, nonfinite
 
     steps = re.fullmatch(r"(\d+):(\d+)", _PROFILE.value or "0:0")
     require(bool(steps), f"--profile={_PROFILE.value} must be START:STOP, two step numbers")
     profile = (int(steps[1]), int(steps[2])) if _PROFILE.value and steps else None
     name, config = command.read_config(lambda values: find_method(values).settings)
-    workdir = _FLAGS.start(name)
+    distributed.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _TIMEOUT.value)
+    workdir = command.workdir_of(_WORKDIR.value, name)
     try:
         init = epath.Path(_INIT.value) if _INIT.value else None
         loop.train(config, epath.Path(workdir), init, profile, extend=_EXTEND.value)

@@ -7,8 +7,9 @@ the held-out twentieth every 2000 steps. Where the images are large, `python -m 
 smaller once, which makes reading several times faster.
 
 Small images: --config.data.image_size=96, 64 or 32. Patches, context and rates follow. Fewer images than 50,000 want
-more epochs. Hardware: one GPU, or a laptop with patience, for which --config.model.size=Ti is quicker; the batch is
-seen in as many parts as memory asks for. Not yet run on a GPU.
+more epochs. Fewer than 27,000 want a lower --config.ema.start, about 1 - 40 / steps, so that the target keeps up.
+Hardware: one GPU, or a laptop with patience, for which --config.model.size=Ti --config.model.init=fan_in is quicker;
+the batch is seen in as many parts as memory asks for. Not yet run on a GPU.
 
 The weight of the regulariser, --config.vicreg.weight, is the paper's .001. Where the run collapses, raise it up to .01,
 which has cost half a point of kNN at most in one run at each width and batch size that was tried; .03 has cost up to

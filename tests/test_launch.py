@@ -312,3 +312,4 @@ def test_notebook_chooses_config_and_microbatches():
     sizes = (15.75, 11.0, 17.0, 60.0, 126.0)
     assert [microbatches(32, gib) for gib in sizes] == [32, 64, 32, 8, 4]
     assert [microbatches(1, gib) for gib in sizes] == [1, 2, 1, 1, 1]
+    assert [microbatches(0, gib) for gib in sizes] == [0] * 5  # the run chooses, as configs/folder.py wishes

@@ -96,7 +96,7 @@ def test_terms_are_those_of_the_pairwise_loops(vicreg, views, shape):
 
 def test_weights_multiply_their_own_terms(vicreg):
     terms = losses.Regulariser(jnp.float32(2), jnp.float32(3), jnp.float32(5))
-    assert losses.weighted(terms, vicreg) == pytest.approx(vicreg.weight * (25 * 2 + 20 * 3 + 3 * 5), rel=1e-6)
+    assert losses.combined(terms, vicreg) == pytest.approx(25 * 2 + 20 * 3 + 3 * 5, rel=1e-6)
 
 
 # 2. What the terms are zero for

@@ -42,9 +42,9 @@ from cjepa_jax.errors import require
 BATCH = 32
 _FILLING = 3  # batches taken before the clock starts
 REPEATS = 3000  # of the folder: Grain shuffles a set of a few hundred images several times as slowly as a million
-# Estimates, not measurements: FLOPs of one training image of configs/vitb16.py, and the share of a chip's peak that a
-# good step reaches.
-GIGAFLOPS_PER_IMAGE = 109
+# Estimates, not measurements: FLOPs of one training image of configs/vitb16.py, by tpu/flops.py, and the share of a
+# chip's peak that a good step reaches.
+GIGAFLOPS_PER_IMAGE = 90
 USE = 0.45
 VIEWS = tuple(
     Augmentation((0.08, 1.0), (3 / 4, 4 / 3), flip=0.5, color=0.5, blur=blur, solarize=solarize, saturation=0.5)

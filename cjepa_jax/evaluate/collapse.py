@@ -83,7 +83,7 @@ class Collapse(Evaluator):
             lines = [line for line in writer.read(workdir) if line["step"] <= step]
             rows[frozen.judged]["training"] = first_alarms(lines)
             rows[frozen.judged]["verdict"] = verdict(rows, lines, steps=_planned(workdir, lines))
-        elif frozen.params:
+        else:
             rows[frozen.judged]["verdict"] = verdict(rows, [], steps=0)
         if stem is not None:
             plots.spectra(spectra, stem.with_name(f"{stem.name}.collapse.png"))

@@ -127,14 +127,14 @@ class Result(NamedTuple):
     masks: np.ndarray  # [T, H, W] uint8, what was found
 
 
-def find(data_dir: str, *, split: str = "val") -> list[Video]:
-    """Finds the videos of a split, with their frames and masks.
+def find(data_dir: str) -> list[Video]:
+    """Finds the videos of the split val, with their frames and masks.
 
     Raises UserError that names what is missing.
     """
     require(bool(data_dir), "davis.data_dir is empty: --config.davis.data_dir=DAVIS names the folder of JPEGImages")
     root = epath.Path(data_dir).expanduser()
-    listing = root / "ImageSets" / "2017" / f"{split}.txt"
+    listing = root / "ImageSets" / "2017" / "val.txt"
     require(listing.exists(), f"davis.data_dir = {data_dir!r}: {listing} is missing")
     names = listing.read_text().split()
     require(bool(names), f"{listing} names no videos")

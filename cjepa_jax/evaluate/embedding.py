@@ -14,7 +14,6 @@ import numpy as np
 import tqdm
 from etils import epath
 
-from cjepa_jax.batch import NO_LABEL
 from cjepa_jax.config import Mesh
 from cjepa_jax.data import pipeline
 from cjepa_jax.errors import require
@@ -63,8 +62,7 @@ class Embedder:
         names = [source.name(index) for index, keep in zip(indices, kept, strict=True) if keep]
         arrays = {"features": np.concatenate(features)[: len(indices)][kept], "names": np.array(names, np.str_)}
         if source.classes:
-            known = np.where(together == NO_LABEL, -1, together)[kept]
-            arrays |= {"labels": known, "classes": np.array(source.classes)}
+            arrays |= {"labels": together[kept], "classes": np.array(source.classes)}
         return arrays
 
 

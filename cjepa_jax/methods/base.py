@@ -69,7 +69,7 @@ class Method(abc.ABC):
 
     settings: ClassVar[type[Config]] = Config  # the class of `config`
     averaged: ClassVar[Mapping[str, str]] = {}  # name of a moving average -> the network that it follows
-    panels: ClassVar[Panels] = {}  # what curves.png shows beside loss/total, learning rate and gradient norm
+    panels: ClassVar[Panels] = {}  # what curves.png shows beside learning rate, gradient norm, EMA momentum and speed
     needs_labels: ClassVar[bool] = False
 
     @abc.abstractmethod
@@ -125,5 +125,5 @@ class Method(abc.ABC):
         return dict(networks), averages
 
     def transformers(self) -> dict[str, Transformer]:
-        """Lists the stacks of blocks that a step runs, for `python -m cjepa_jax.compile`."""
+        """Lists the stacks of blocks that a step runs: by them its FLOPs are counted, and the kernels are chosen."""
         return {}

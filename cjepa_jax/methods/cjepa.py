@@ -171,7 +171,7 @@ class CJEPA(Method):
             views = jnp.stack([outputs["context_mean"], outputs["target_mean"]])
             z = _apply(self.projector, params["projector"], views)
             terms = losses.context_target(z[0], z[1], vicreg)
-        total = prediction_loss + losses.weighted(terms, vicreg)
+        total = prediction_loss + vicreg.weight * losses.combined(terms, vicreg)
         metrics = {}
         if self.config.sigreg.weight:
             slices = sigreg.directions(outputs["seeds"], width=z.shape[-1], slices=self.config.sigreg.slices)

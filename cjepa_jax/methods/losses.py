@@ -128,8 +128,3 @@ def combined(terms: Regulariser, vicreg: Coefficients) -> Float[Array, ""]:
     return (
         vicreg.invariance * terms.invariance + vicreg.variance * terms.variance + vicreg.covariance * terms.covariance
     )
-
-
-def weighted(terms: Regulariser, vicreg: Vicreg) -> Float[Array, ""]:
-    """Weighs the terms as C-JEPA's equation 22 does: b_vicreg (b_sim sim + b_std std + b_cov cov)."""
-    return vicreg.weight * combined(terms, vicreg)

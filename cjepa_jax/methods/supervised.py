@@ -102,7 +102,7 @@ class TunedEval(Eval):
 class SupervisedConfig(Config):
     """Settings of fine-tuning, or of supervised training from scratch."""
 
-    method: str = setting("supervised", "What is trained; see docs/architecture.md.")
+    method: str = setting("supervised", "What is trained; see docs/methods.md.")
     data: TunedData = group(TunedData, "Where images come from and how they are cropped.")
     model: TunedModel = group(TunedModel, "What of the checkpoint is tuned, and how it is computed.")
     augment: Augment = group(Augment, "What is done to crops and labels, after the flip.")

@@ -161,10 +161,10 @@ class Writer:
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Writes a line, of training or of evaluation; a step may have one of each, with no metric in common.
 
-        All lines get `time` (seconds since 1970) and `epoch` (passes over the images so far), in metrics.jsonl only.
-        Training's also get, about the time since the last line, `data/wait_fraction`, `images_per_second`, `mfu` where
-        the peak is known, and `seconds_left` at this speed; and `memory_gib`, the most that a device of this process
-        has had in use so far, where the devices tell.
+        All lines of metrics.jsonl get `time` (seconds since 1970) and `epoch` (passes over the images so far); trackers
+        get `epoch` alone, and TensorBoard neither. Training's also get, about the time since the last line,
+        `data/wait_fraction`, `images_per_second`, `mfu` where the peak is known, and `seconds_left` at this speed; and
+        `memory_gib`, the most that a device of this process has had in use so far, where the devices tell.
         """
         now = time.perf_counter()
         if _is_evaluation(metrics):

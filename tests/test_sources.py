@@ -1,9 +1,11 @@
 """Each source gives what was put into it, says what is wrong, and knows itself again."""
 
 import collections
+import dataclasses
 import io
 import os
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -322,6 +324,18 @@ def test_tfds_says_how_to_prepare_imagenet(make_data, tmp_path):
         f"tfds.builder('imagenet2012', file_format='array_record', data_dir='{tmp_path}').download_and_prepare()",
     ):
         assert part in message
+
+
+def test_a_set_that_another_process_has_prepared_meanwhile_is_read(tiny, tmp_path, monkeypatch):
+    """All processes of a run prepare it at once, and only one of them can put it in its place."""
+
+    def slower(builder):
+        shutil.copytree(tmp_path / "tiny", tmp_path / "ours" / "tiny")
+        raise OSError("there is one already")
+
+    monkeypatch.setattr(Tiny, "download_and_prepare", slower)
+    monkeypatch.setattr(tfds, "builder", lambda name, **where: Tiny(**where))
+    assert len(sources.load(dataclasses.replace(tiny, data_dir=str(tmp_path / "ours")), "train")) == 12
 
 
 def test_tfds_names_an_unknown_data_set(make_data, tmp_path):

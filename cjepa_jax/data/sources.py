@@ -7,17 +7,13 @@ digits  scikit-learn's 1,797 scanned digits; splits train and test.
 npz     `data.data_dir` is a file of arrays SPLIT_images [n, H, W] or [n, H, W, 3]
         uint8 and, where there are labels, SPLIT_labels [n] or [n, 1].
 folder  `data.data_dir` is a folder of images: see folder.py.
-tfds    A data set in ArrayRecord files, by its TFDS name, or, with an empty name,
-        `data.data_dir` itself, as `python -m cjepa_jax.data.prepare` writes it.
-webdataset, parquet
-        `data.data_dir` is a folder of tar shards or of Parquet files.
-clevr_count, clevr_distance
-        TFDS' clevr with the labels of VTAB (Zhai et al. 2019, arXiv 1910.04867).
-own     Images that a program gave (`from_arrays`, or a Source of its own).
+tfds    A data set in ArrayRecord files, by its TFDS name, or `data.data_dir` itself, as `prepare` writes it.
+webdataset, parquet  `data.data_dir` is a folder of tar shards or of Parquet files.
+clevr_count, clevr_distance  TFDS' clevr with the labels of VTAB (arXiv 1910.04867).
+own     Images that a program gave: `from_arrays`, or a Source of its own.
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -264,9 +260,8 @@ def _builder(data: Data) -> Any:
             f"data.name is empty, and data.data_dir = {data.data_dir!r} has no dataset_info.json: it is no data set",
         )
         return tfds.builder_from_directory(data_dir)
-    find = functools.partial(tfds.builder, data.name, data_dir=data_dir or None, file_format="array_record")
     try:
-        builder = find()
+        builder = tfds.builder(data.name, data_dir=data_dir or None, file_format="array_record")
     except tfds.core.DatasetNotFoundError:
         raise UserError(f"data.name = {data.name!r} is not a TFDS data set (tfds.list_builders() lists them)") from None
     except (ValueError, AssertionError) as error:  # a malformed name or version, or another file format
@@ -279,9 +274,9 @@ def _builder(data: Data) -> Any:
         try:
             builder.download_and_prepare()
         except Exception as error:  # no network, no TensorFlow, files to be placed by hand, no space, ...
-            if not find().is_prepared():  # else another process has been faster
-                raise UserError(_how_to_prepare(builder, data, one_line(error))) from None
-            builder = find()
+            if builder.is_prepared():  # by another process, which has been faster
+                return _builder(data)
+            raise UserError(_how_to_prepare(builder, data, one_line(error))) from None
     return builder
 
 

@@ -7,24 +7,23 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, ClassVar, Literal, NamedTuple, cast
+from typing import Any, ClassVar, Literal, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Float, PyTree, UInt8, UInt32
+from jaxtyping import Array, Float, UInt8, UInt32
 
 from cjepa_jax.batch import Batch
-from cjepa_jax.config import Config, undivided
-from cjepa_jax.errors import require
+from cjepa_jax.config import Config
 from cjepa_jax.methods import losses, sigreg
-from cjepa_jax.methods.base import Method, Metrics, Outputs, Panels, Params, Transformer, keep
+from cjepa_jax.methods.base import Metrics, Outputs, Panels, Params, Transformer, keep
+from cjepa_jax.methods.encoder import FEATURE_PANELS, EncoderMethod, apply
 from cjepa_jax.methods.sigreg import Sigreg
 from cjepa_jax.models.masking import Mask, Masks, context_tokens, sample_masks, target_tokens
 from cjepa_jax.models.predictor import Predictor, PredictorConfig, build_predictor
 from cjepa_jax.models.projector import Projector
-from cjepa_jax.models.vit import Encoder, build_encoder, normalise, parse_size, patchify, take
+from cjepa_jax.models.vit import parse_size, take
 from cjepa_jax.settings import group, setting
 
 
@@ -54,12 +53,8 @@ class MaskedImages(NamedTuple):
     seeds: UInt32[Array, "B k"] | None = None  # of SIGReg's directions, where it is on
 
 
-def _apply(module: nn.Module, params: PyTree, *inputs: Any) -> jax.Array:
-    return cast(jax.Array, module.apply({"params": params}, *inputs))
-
-
 @dataclasses.dataclass(frozen=True)
-class CJEPA(Method):
+class CJEPA(EncoderMethod):
     """Predicts features of hidden blocks; the targets come from the moving average of the encoder."""
 
     config: CJEPAConfig
@@ -70,22 +65,13 @@ class CJEPA(Method):
         "Loss": ("loss/total", "loss/prediction"),
         "Regulariser's terms": ("loss/variance", "loss/invariance", "loss/covariance", "loss/sigreg"),
         "Error of the block mean": ("rep/block_mean_error",),
-        "Std over images": ("rep/std", "rep/cosine"),
-        "Effective rank": ("rep/rank",),
-        "Evaluation on held-out images": ("eval/knn", "eval/logistic"),
+        **FEATURE_PANELS,
     }
 
     def __post_init__(self):
-        patch = self.config.model.patch_size
-        side = undivided(self.config.data.image_shape, patch)
-        require(not side, f"model.patch_size = {patch} does not divide {side}")
+        super().__post_init__()
         target_tokens(self.config.mask, self.config.grid)
-        _ = self.encoder, self.predictor
-
-    @cached_property
-    def encoder(self) -> Encoder:
-        """Builds the network of context and target encoder alike."""
-        return build_encoder(self.config.model, grid=self.config.grid, gather=self.gather, attend=self.attend)
+        _ = self.predictor
 
     @cached_property
     def predictor(self) -> Predictor:
@@ -102,7 +88,6 @@ class CJEPA(Method):
         """Draws the parameters of encoder, predictor and projector."""
         config = self.config
         rng_encoder, rng_predictor, rng_projector = jax.random.split(rng, 3)
-        values = config.model.patch_size**2 * config.data.channels
         width = self.encoder.size.width
         masks = Masks(
             jnp.zeros((1, 1), jnp.int32),
@@ -111,7 +96,7 @@ class CJEPA(Method):
             jnp.ones((1, config.mask.targets, 1), bool),
         )
         return {
-            "encoder": self.encoder.init(rng_encoder, jnp.zeros((1, math.prod(config.grid), values)))["params"],
+            "encoder": self.init_encoder(rng_encoder),
             "predictor": self.predictor.init(rng_predictor, jnp.zeros((1, 1, width)), masks)["params"],
             "projector": self.projector.init(rng_projector, jnp.zeros((2, width))).get("params", {}),
         }
@@ -126,11 +111,6 @@ class CJEPA(Method):
         seeds = sigreg.seeds(jax.random.fold_in(rng, 1), count) if self.config.sigreg.weight else None
         return MaskedImages(batch.images, self.masks(rng, count), seeds)
 
-    def patches(self, images: UInt8[Array, "B H W C"]) -> Float[Array, "B N P"]:
-        """Normalises images and cuts them into patches."""
-        data = self.config.data
-        return patchify(normalise(images, mean=data.mean, std=data.std), self.config.model.patch_size)
-
     def forward(self, params: Params, averages: Params, inputs: MaskedImages) -> Outputs:
         """Runs target encoder, context encoder and predictor.
 
@@ -139,12 +119,12 @@ class CJEPA(Method):
         """
         patches, masks = self.patches(inputs.images), inputs.masks
         full_target = jax.lax.stop_gradient(
-            losses.target_norm(_apply(self.encoder, averages["target_encoder"], patches))
+            losses.target_norm(apply(self.encoder, averages["target_encoder"], patches))
         )
         target = keep(take(full_target, masks.target_idx))
 
-        context = _apply(self.encoder, params["encoder"], patches, masks.context_idx, masks.context_valid)
-        prediction = _apply(self.predictor, params["predictor"], context, masks)
+        context = apply(self.encoder, params["encoder"], patches, masks.context_idx, masks.context_valid)
+        prediction = apply(self.predictor, params["predictor"], context, masks)
         error, terms = losses.prediction_error(prediction, target, masks.target_valid, self.config.loss.kind)
         outputs = {
             "error": error,
@@ -165,11 +145,11 @@ class CJEPA(Method):
         vicreg, block_means = self.config.vicreg, outputs["block_means"]
         prediction_loss = outputs["error"].sum() / outputs["terms"].sum()
         if vicreg.views == "target_blocks":
-            z = _apply(self.projector, params["projector"], rearrange(block_means, "b m d -> m b d"))
+            z = apply(self.projector, params["projector"], rearrange(block_means, "b m d -> m b d"))
             terms = losses.target_blocks(z, vicreg)
         else:
             views = jnp.stack([outputs["context_mean"], outputs["target_mean"]])
-            z = _apply(self.projector, params["projector"], views)
+            z = apply(self.projector, params["projector"], views)
             terms = losses.context_target(z[0], z[1], vicreg)
         total = prediction_loss + vicreg.weight * losses.combined(terms, vicreg)
         metrics = {}
@@ -202,11 +182,10 @@ class CJEPA(Method):
         """Lists context encoder, target encoder and predictor."""
         config, size = self.config, parse_size(self.config.model.size)
         mask, predictor, patches = config.mask, config.predictor, math.prod(config.grid)
-        values = config.model.patch_size**2 * config.data.channels
         hidden, kept = target_tokens(mask, config.grid), context_tokens(mask, config.grid)
         ends = 2 * size.width * predictor.width * (kept + mask.targets * hidden)
         encoder = (size.width, size.depth, size.heads, size.mlp_ratio)
-        embedding = 2 * values * size.width  # FLOPs per token
+        embedding = 2 * self.patch_values * size.width  # FLOPs per token
         return {
             "context": Transformer(1, kept, *encoder, True, True, embedding * kept),
             "target": Transformer(1, patches, *encoder, False, False, embedding * patches),

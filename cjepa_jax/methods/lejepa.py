@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 from cjepa_jax.batch import Batch
 from cjepa_jax.methods import sigreg
 from cjepa_jax.methods.base import Inputs, Metrics, Outputs, Panels, Params
+from cjepa_jax.methods.encoder import FEATURE_PANELS
 from cjepa_jax.methods.siamese import Siamese, SiameseConfig
 from cjepa_jax.models.projector import Projector
 from cjepa_jax.settings import group, setting
@@ -54,9 +55,7 @@ class LeJEPA(Siamese):
     panels: ClassVar[Panels] = {
         "Loss": ("loss/total", "loss/prediction"),
         "SIGReg": ("loss/sigreg",),
-        "Std over images": ("rep/std", "rep/cosine"),
-        "Effective rank": ("rep/rank",),
-        "Evaluation on held-out images": ("eval/knn", "eval/logistic"),
+        **FEATURE_PANELS,
     }
 
     @cached_property

@@ -6,22 +6,20 @@ Shapes: B images of the global batch, V views of each, N patches, D encoder widt
 import abc
 import dataclasses
 import math
-from functools import cached_property
-from typing import cast
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from cjepa_jax.batch import Batch
-from cjepa_jax.config import Config, undivided
+from cjepa_jax.config import Config
 from cjepa_jax.data.augment import Augmentation
 from cjepa_jax.errors import require
-from cjepa_jax.methods.base import Inputs, Method, Outputs, Params, Transformer
+from cjepa_jax.methods.base import Inputs, Outputs, Params, Transformer
+from cjepa_jax.methods.encoder import EncoderMethod, apply
 from cjepa_jax.models.projector import Projector
-from cjepa_jax.models.vit import Encoder, build_encoder, normalise, parse_size, patchify
+from cjepa_jax.models.vit import parse_size
 from cjepa_jax.settings import group, setting
 
 
@@ -58,30 +56,14 @@ class SiameseConfig(Config):
         require(self.data.blur == 0, f"data.blur = {self.data.blur} must be 0: views.blur says it for each view")
 
 
-def apply(module: nn.Module, params: PyTree, x: jax.Array) -> jax.Array:
-    """Runs a network of one input and one output."""
-    return cast(jax.Array, module.apply({"params": params}, x))
-
-
 @dataclasses.dataclass(frozen=True)
-class Siamese(Method):
+class Siamese(EncoderMethod):
     """Encodes every view by the same network; a method of this kind adds `projector` and `loss`.
 
     The projector's batch norm sees the whole global batch, so it runs in `loss`.
     """
 
     config: SiameseConfig
-
-    def __post_init__(self):
-        patch = self.config.model.patch_size
-        side = undivided(self.config.data.image_shape, patch)
-        require(not side, f"model.patch_size = {patch} does not divide {side}")
-        _ = self.encoder
-
-    @cached_property
-    def encoder(self) -> Encoder:
-        """Builds the network that is to be trained."""
-        return build_encoder(self.config.model, grid=self.config.grid, gather=self.gather, attend=self.attend)
 
     @property
     @abc.abstractmethod
@@ -102,10 +84,9 @@ class Siamese(Method):
     def init(self, rng: jax.Array) -> Params:
         """Draws the parameters of encoder and projector."""
         rng_encoder, rng_projector = jax.random.split(rng)
-        values = self.config.model.patch_size**2 * self.config.data.channels
         pooled = jnp.zeros((2, self.encoder.size.width))
         return {
-            "encoder": self.encoder.init(rng_encoder, jnp.zeros((1, math.prod(self.config.grid), values)))["params"],
+            "encoder": self.init_encoder(rng_encoder),
             "projector": self.projector.init(rng_projector, pooled).get("params", {}),
         }
 
@@ -118,9 +99,8 @@ class Siamese(Method):
 
         inputs: images [B, V, H, W, C] uint8.
         """
-        data = self.config.data
-        images = normalise(rearrange(inputs, "b v h w c -> (b v) h w c"), mean=data.mean, std=data.std)
-        features = apply(self.encoder, params["encoder"], patchify(images, self.config.model.patch_size))
+        patches = self.patches(rearrange(inputs, "b v h w c -> (b v) h w c"))
+        features = apply(self.encoder, params["encoder"], patches)
         views = rearrange(features.mean(axis=1), "(b v) d -> b v d", v=len(self.views))
         return {"views": views, "features": views[:, 0]}
 
@@ -131,5 +111,5 @@ class Siamese(Method):
     def transformers(self) -> dict[str, Transformer]:
         """Lists the encoder, which runs once for each view."""
         size, tokens, views = parse_size(self.config.model.size), math.prod(self.config.grid), len(self.views)
-        values = self.config.model.patch_size**2 * self.config.data.channels
-        return {"encoder": Transformer(views, tokens, *size, False, True, 2 * values * size.width * tokens * views)}
+        embedding = 2 * self.patch_values * size.width * tokens * views
+        return {"encoder": Transformer(views, tokens, *size, False, True, embedding)}

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cjepa_jax.methods.base import Metrics, Outputs, Panels, Params
-from cjepa_jax.methods.siamese import Siamese, SiameseConfig, apply
+from cjepa_jax.methods.encoder import FEATURE_PANELS, apply
+from cjepa_jax.methods.siamese import Siamese, SiameseConfig
 from cjepa_jax.models.projector import Projector
 from cjepa_jax.settings import group, setting
 
@@ -57,9 +58,7 @@ class SimSiam(Siamese):
     panels: ClassVar[Panels] = {
         "Loss": ("loss/total",),
         "Std of the outputs on the sphere (1: spread out)": ("rep/output_std",),
-        "Std over images": ("rep/std", "rep/cosine"),
-        "Effective rank": ("rep/rank",),
-        "Evaluation on held-out images": ("eval/knn", "eval/logistic"),
+        **FEATURE_PANELS,
     }
 
     @cached_property

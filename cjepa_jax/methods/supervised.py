@@ -6,8 +6,7 @@ Shapes: B images, N patches, D encoder width, L classes.
 import dataclasses
 import math
 from collections.abc import Mapping
-from functools import cached_property
-from typing import Any, ClassVar, Literal, NamedTuple, cast
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +14,14 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from cjepa_jax.batch import Batch
-from cjepa_jax.config import Config, Data, Eval, Model, Optim, undivided
+from cjepa_jax.config import Config, Data, Eval, Model, Optim
 from cjepa_jax.data.augment import Augmentation
 from cjepa_jax.data.randaugment import RandAugment
 from cjepa_jax.errors import require
-from cjepa_jax.methods.base import Method, Metrics, Outputs, Panels, Params, Transformer
+from cjepa_jax.methods.base import Metrics, Outputs, Panels, Params, Transformer
+from cjepa_jax.methods.encoder import EncoderMethod, apply
 from cjepa_jax.methods.mixing import erase, mix
-from cjepa_jax.models.vit import Encoder, build_encoder, drop_path, normalise, parse_size, patchify
+from cjepa_jax.models.vit import drop_path, normalise, parse_size, patchify
 from cjepa_jax.settings import group, required, setting
 
 _HEAD_STD = 2e-5  # MAE's
@@ -119,7 +119,7 @@ class MixedImages(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Supervised(Method):
+class Supervised(EncoderMethod):
     """Trains encoder and head on labels; the average of both is evaluated beside them."""
 
     config: SupervisedConfig
@@ -127,22 +127,12 @@ class Supervised(Method):
     settings = SupervisedConfig
     averaged: ClassVar[Mapping[str, str]] = {"ema_encoder": "encoder", "ema_head": "head"}
     needs_labels = True
+    indivisible = "{side} is not divisible by the checkpoint's patch size, {patch}"
     panels: ClassVar[Panels] = {
         "Loss, of mixed images": ("loss/total",),
         "Top 1 on held-out images": ("eval/top1", "eval/ema_top1"),
         "Top 5 on held-out images": ("eval/top5", "eval/ema_top5"),
     }
-
-    def __post_init__(self):
-        patch = self.config.model.patch_size
-        side = undivided(self.config.data.image_shape, patch)
-        require(not side, f"{side} is not divisible by the checkpoint's patch size, {patch}")
-        _ = self.encoder
-
-    @cached_property
-    def encoder(self) -> Encoder:
-        """Builds the encoder; its positions are those of the grid that `data.image_size` gives."""
-        return build_encoder(self.config.model, grid=self.config.grid, gather=self.gather, attend=self.attend)
 
     @property
     def views(self) -> tuple[Augmentation, ...]:
@@ -162,13 +152,11 @@ class Supervised(Method):
     def init(self, rng: jax.Array) -> Params:
         """Draws the encoder, and a head {"kernel" [D, L], "bias" [L]}."""
         rng_encoder, rng_head = jax.random.split(rng)
-        width, patches = self.encoder.size.width, math.prod(self.encoder.grid)
-        values = self.config.model.patch_size**2 * self.config.data.channels
         head = {
-            "kernel": _HEAD_STD * jax.random.normal(rng_head, (width, self.classes)),
+            "kernel": _HEAD_STD * jax.random.normal(rng_head, (self.encoder.size.width, self.classes)),
             "bias": jnp.zeros(self.classes),
         }
-        return {"encoder": self.encoder.init(rng_encoder, jnp.zeros((1, patches, values)))["params"], "head": head}
+        return {"encoder": self.init_encoder(rng_encoder), "head": head}
 
     def prepare(self, batch: Batch, rng: jax.Array) -> MixedImages:
         """Erases, mixes and smooths; draws which images skip which branches."""
@@ -186,7 +174,7 @@ class Supervised(Method):
         """Computes the logits [B, L] of each image."""
         patches = patchify(inputs.images, self.config.model.patch_size)
         keep = None if inputs.keep is None else jnp.moveaxis(inputs.keep, 0, 2)
-        features = cast(jax.Array, self.encoder.apply({"params": params["encoder"]}, patches, keep=keep))
+        features = apply(self.encoder, params["encoder"], patches, keep=keep)
         logits = features.mean(axis=1) @ params["head"]["kernel"] + params["head"]["bias"][None]
         return {"logits": logits, "targets": inputs.targets}
 
@@ -251,6 +239,5 @@ class Supervised(Method):
     def transformers(self) -> dict[str, Transformer]:
         """Lists the encoder, the only stack of blocks."""
         size, tokens = parse_size(self.config.model.size), math.prod(self.config.grid)
-        values = self.config.model.patch_size**2 * self.config.data.channels
-        other = 2 * values * size.width * tokens + 2 * size.width * self.classes
+        other = 2 * self.patch_values * size.width * tokens + 2 * size.width * self.classes
         return {"encoder": Transformer(1, tokens, *size, False, True, other)}

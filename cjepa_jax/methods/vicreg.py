@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from cjepa_jax.methods import losses
 from cjepa_jax.methods.base import Metrics, Outputs, Panels, Params
+from cjepa_jax.methods.encoder import FEATURE_PANELS
 from cjepa_jax.methods.siamese import Siamese, SiameseConfig
 from cjepa_jax.models.projector import Projector
 from cjepa_jax.settings import group, setting
@@ -52,9 +53,7 @@ class VICReg(Siamese):
     panels: ClassVar[Panels] = {
         "Loss": ("loss/total",),
         "Its terms": ("loss/variance", "loss/invariance", "loss/covariance"),
-        "Std over images": ("rep/std", "rep/cosine"),
-        "Effective rank": ("rep/rank",),
-        "Evaluation on held-out images": ("eval/knn", "eval/logistic"),
+        **FEATURE_PANELS,
     }
 
     @cached_property

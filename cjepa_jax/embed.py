@@ -35,7 +35,7 @@ from absl import flags
 from etils import epath
 
 from cjepa_jax import command
-from cjepa_jax.errors import nearest, require
+from cjepa_jax.errors import require
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Whose encoder.")
 _INPUT = flags.DEFINE_string("input", None, "The images; default: those of the checkpoint's config.")
@@ -66,9 +66,7 @@ def _run() -> None:
     )
     path = in_our_format(epath.Path(_CHECKPOINT.value))
     _, saved = pretrained.describe(path)
-    encoders = pretrained.ENCODERS
-    encoder = _ENCODER.value or next((name for name in encoders if name in pretrained.available(path)), encoders[0])
-    require(encoder in encoders, f"--encoder {encoder!r} is not known; {nearest(encoder, encoders)}")
+    encoder = pretrained.choose_encoder(path, _ENCODER.value)
     given = _data_of(_INPUT.value) if _INPUT.value else {}
     data, crop_fraction = resolve(settings, {**saved, **given})
     source = sources.load(data, _SPLIT.value)

@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 
 from cjepa_jax import checksums
 from cjepa_jax.config import Data, Grid, Model, grid_of
-from cjepa_jax.errors import UserError, one_line, require
+from cjepa_jax.errors import UserError, nearest, one_line, require
 from cjepa_jax.files import absolute, is_file, is_remote, read_json, storing, write_whole
 from cjepa_jax.models.masking import Masks
 from cjepa_jax.models.predictor import PredictorConfig, build_predictor
@@ -139,6 +139,14 @@ def available(path: epath.Path, *, flag: str = "--checkpoint") -> tuple[str, ...
         tree = _metadata(state)
     places = {name: _place(tree, name) for name in NETWORKS}
     return tuple(name for name, place in places.items() if place and jax.tree.leaves(_part(tree, place)))
+
+
+def choose_encoder(path: epath.Path, wanted: str | None) -> str:
+    """Gives the encoder that --encoder names, or the first of ENCODERS that a checkpoint has. Raises UserError."""
+    has = available(path)
+    chosen = wanted or next((name for name in ENCODERS if name in has), ENCODERS[0])
+    require(chosen in ENCODERS, f"--encoder {chosen!r} is not known; {nearest(chosen, ENCODERS)}")
+    return chosen
 
 
 def save(workdir: epath.Path, pretrained: Pretrained) -> None:

@@ -147,21 +147,23 @@ def test_the_docs_show_other_methods_along_the_way():
 
 
 def test_the_docs_compare_the_coefficients_at_each_size():
-    """The points that each coefficient gains over I-JEPA, and what it leaves of the differences between blocks."""
+    """Means over seeds of the points that each coefficient gains over I-JEPA, and of what it leaves between blocks."""
     folder = ROOT / "results" / "coefficient_cifar10"
-    docs = lines_of("study")
-    runs = raw(folder)
-    assert len(runs) == 22
+    table, docs = json.loads((folder / "table.json").read_text())["arms"], lines_of("study")
+    seeds = range(len(table["base, I-JEPA"]["test"]["knn"]["values"]))
+    assert len(seeds) > 1 and len(raw(folder)) == 22 * len(seeds)
+
+    def invariance(arm: str, seed: int) -> float:
+        return series(metrics(folder, path_of(arm, seed)), "loss/invariance")[-1]
+
     for size in ("base", "width 48", "width 192", "batch 32", "batch 256"):
-        plain = path_of(f"{size}, I-JEPA", 0)
-        before = series(metrics(folder, plain), "loss/invariance")[-1]
-        gained, left = [], []
+        plain, gained, left = f"{size}, I-JEPA", [], []
         for weight in (0.01, 0.03, 0.1):
-            run = path_of(f"{size}, C-JEPA {weight}", 0)
-            after = series(metrics(folder, run), "loss/invariance")[-1]
-            points = [100 * (runs[run]["test"][measure] - runs[plain]["test"][measure]) for measure in MEASURES]
-            gained.append(" / ".join(f"{value:+.1f}" for value in points))
-            left.append(short((after / before) ** 0.5, 2))
+            arm = f"{size}, C-JEPA {weight}"
+            means = [[table[one]["test"][measure]["mean"] for one in (arm, plain)] for measure in MEASURES]
+            gained.append(" / ".join(f"{100 * (mine - others):+.1f}" for mine, others in means))
+            shares = [(invariance(arm, seed) / invariance(plain, seed)) ** 0.5 for seed in seeds]
+            left.append(short(statistics.mean(shares), 2))
         assert f"| {size} | {' | '.join(gained + left)} |" in docs, gained + left
 
 

@@ -8,7 +8,7 @@ from etils import epath
 
 from cjepa_jax import pretrained
 from cjepa_jax.config import Data, Model
-from cjepa_jax.errors import nearest, require
+from cjepa_jax.errors import require
 from cjepa_jax.evaluate import report
 from cjepa_jax.evaluate.config import Evaluation, resolve
 from cjepa_jax.evaluate.frozen import from_checkpoint, warn_of_same_images
@@ -31,10 +31,9 @@ def judge(
     baselines: whether an untrained encoder and raw pixels are judged, too. name: of the results, by default step and
     encoder. Raises UserError before anything is computed.
     """
-    known, encoders = settings.evaluators, pretrained.ENCODERS
+    known = settings.evaluators
     workdir, saved = pretrained.describe(path)
-    encoder = encoder or next((one for one in encoders if one in pretrained.available(path)), encoders[0])
-    require(encoder in encoders, f"--encoder {encoder!r} is not known; {nearest(encoder, encoders)}")
+    encoder = pretrained.choose_encoder(path, encoder)
     data, crop_fraction = resolve(settings, saved)
     frozen = from_checkpoint(
         path,

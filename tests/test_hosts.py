@@ -32,6 +32,8 @@ SMALL = [
     "--config.optim.warmup_epochs=0.02",
 ]
 
+JUDGED = ["--config.eval.every=10", "--config.eval.images=100", "--config.eval.draws=1"]
+
 
 def free_port() -> int:
     with socket.socket() as s:
@@ -83,7 +85,7 @@ def saved(workdir: pathlib.Path, step: int):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> pathlib.Path:
     workdir = tmp_path_factory.mktemp("alone") / "run"
-    finish(start(1, 4, f"--workdir={workdir}", "--config.eval.every=10"))
+    finish(start(1, 4, f"--workdir={workdir}", *JUDGED))
     return workdir
 
 
@@ -122,7 +124,7 @@ def test_another_number_of_processes_goes_on(alone, tmp_path):
     kept = [line for line in lines(workdir) if line["step"] <= 5]
     (workdir / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in kept))
     (workdir / "evaluation.json").unlink()
-    said = finish(start(2, 2, f"--workdir={workdir}", "--config.mesh.fsdp=4", "--config.eval.every=10", *SHARED))
+    said = finish(start(2, 2, f"--workdir={workdir}", "--config.mesh.fsdp=4", *SHARED, *JUDGED))
     assert "going on from step 5" in said[0]
     check(said, workdir, alone, 10)
     for name in ("eval/knn", "eval/logistic"):
@@ -169,7 +171,7 @@ def test_an_error_of_one_in_an_evaluation_ends_all(tmp_path):
         "sources.Source.read = lambda self, i: "
         "(_ for _ in ()).throw(sources.UnreadableError('gone')) if gone(self) else read(self, i)"
     )
-    said = finish(start(2, 1, f"--workdir={tmp_path / 'run'}", "--config.eval.every=5", first=before), 1, 1)
+    said = finish(start(2, 1, f"--workdir={tmp_path / 'run'}", *JUDGED, first=before), 1, 1)
     assert "error: process 1 cannot go on" in said[0] and "images tried cannot be read" in said[0]
 
 

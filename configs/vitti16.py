@@ -4,7 +4,8 @@
 
 Hardware: a TPU slice or several GPUs that share the batch; not yet run.
 The paper's appendix reports kNN, linear and fine-tuned accuracy for Ti/16; no number is quoted until it is checked.
-Epochs and rates are those of B/16.
+Epochs and rates are those of B/16, and the initialisation is the release's; at this width docs/faq.md suggests
+--config.model.init=fan_in.
 """
 
 from ml_collections import ConfigDict

@@ -137,6 +137,15 @@ def test_step_takes_turns_with_the_same_step_in_pytorch(make_config):
     assert re.search(r"cjepa_jax has \d+\.\d\d times the speed of PyTorch 2\.", said)
 
 
-def test_step_says_what_pytorch_lacks(make_config):
-    with pytest.raises(UserError, match=r"vicreg\.projector = \(\)"):
-        bench_step.measure(make_config(vicreg__projector=(8,)), rounds=1, against_torch=True)
+@pytest.mark.parametrize(
+    "changes, needs",
+    [
+        ({"vicreg__projector": (8,)}, "vicreg.projector = ()"),
+        ({"sigreg__weight": 0.1}, "sigreg.weight = 0"),
+        ({"ema__warmup": True}, "ema.warmup = False"),
+        ({"optim__clip_norm": 1.0}, "optim.clip_norm = 0"),
+    ],
+)
+def test_step_says_what_pytorch_lacks(make_config, changes, needs):
+    with pytest.raises(UserError, match=re.escape(needs)):
+        bench_step.measure(make_config(**changes), rounds=1, against_torch=True)

@@ -7,7 +7,7 @@ digits  scikit-learn's 1,797 scanned digits; splits train and test.
 npz     `data.data_dir` is a file of arrays SPLIT_images [n, H, W] or [n, H, W, 3]
         uint8 and, where there are labels, SPLIT_labels [n] or [n, 1].
 folder  `data.data_dir` is a folder of images: see folder.py.
-tfds    A data set in ArrayRecord files, by its TFDS name, or `data.data_dir` itself, as `prepare` writes it.
+tfds    A data set in ArrayRecord files, by its TFDS name, or, with none, `data.data_dir` itself, as of `prepare`.
 webdataset, parquet  `data.data_dir` is a folder of tar shards or of Parquet files.
 clevr_count, clevr_distance  TFDS' clevr with the labels of VTAB (arXiv 1910.04867).
 own     Images that a program gave: `from_arrays`, or a Source of its own.

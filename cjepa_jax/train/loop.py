@@ -110,7 +110,7 @@ def _train(
             print(run.origin, file=sys.stderr, flush=True)
         if run.epochs_before:
             print(run.jump(start), file=sys.stderr, flush=True)
-        with peers.leaving_at_once(unless=_is_for_the_loop):
+        with peers.leaving_at_once():
             _draw_masks(run, workdir)
 
     consensus = distributed.Consensus(program.split, program.whole)
@@ -125,7 +125,7 @@ def _train(
     def probe() -> None:
         assert run.evaluation
         log.pause()
-        with peers.leaving_at_once(unless=_is_for_the_loop):
+        with peers.leaving_at_once(unless=lambda error: isinstance(error, waiting.StalledError)):  # the loop leaves
             metrics = run.evaluation.probe(run.method.networks(state.params, state.averages))
         log.write(step, metrics)
         checkpoints.judge(step, metrics)
@@ -213,7 +213,7 @@ def _train(
             networks = run.method.networks(state.params, state.averages)
             baselines = baselines and not run.method.needs_labels
             untrained = run.untrained_encoder(rng_init) if baselines else None
-            with peers.leaving_at_once(unless=_is_for_the_loop):
+            with peers.leaving_at_once():
                 metrics = run.evaluation.report(networks, untrained, workdir, step=step)
             if not log.has_evaluation(step):
                 log.write(step, metrics)
@@ -237,11 +237,6 @@ def _connect(run: Training, workdir: epath.Path) -> trackers.Trackers | None:
     if distributed.any_of_them(refused is not None):
         raise refused or UserError(_ELSEWHERE)
     return following
-
-
-def _is_for_the_loop(error: Exception) -> bool:
-    """Tells whether an error of an evaluation, which may come to one process alone, is one that the loop looks at."""
-    return isinstance(error, waiting.StalledError)
 
 
 def _all_raise(error: Exception) -> bool:

@@ -108,10 +108,11 @@ def training(workdir: epath.Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def leaving_at_once(*, unless: Callable[[Exception], bool]) -> Iterator[None]:
+def leaving_at_once(*, unless: Callable[[Exception], bool] = lambda error: False) -> Iterator[None]:
     """Ends this process and the others after an error, without cleaning up, which would be to wait for one another.
 
-    `unless` tells of an error whether all processes raise one after the same step.
+    `unless` tells of an error whether the others need not be told: all raise one after the same step, or the caller
+    sees to it.
     """
     try:
         yield

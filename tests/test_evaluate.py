@@ -17,8 +17,10 @@ from cjepa_jax.data import pipeline
 from cjepa_jax.errors import UserError
 from cjepa_jax.evaluate import __main__ as evaluate
 from cjepa_jax.evaluate import collapse, features
+from cjepa_jax.evaluate.checkpoint import judge
 from cjepa_jax.evaluate.config import Evaluation, resolve
 from cjepa_jax.evaluate.frozen import Frozen, from_checkpoint
+from cjepa_jax.evaluate.knn import Knn
 from cjepa_jax.methods.cjepa import CJEPA
 from cjepa_jax.models.vit import build_encoder, normalise, patchify
 from cjepa_jax.settings import parse
@@ -62,6 +64,32 @@ def workdir(tmp_path_factory) -> epath.Path:
     pretrained.save(path, pretrained.Pretrained(config.model, None, data.image_size, data.mean, data.std, 3, params))
     (path / "config.json").write_text(json.dumps(flatten(config)))
     return path
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_products_of_a_float32_encoder_are_exact(make_config, dtype, layers):
+    """Also where a TPU or GPU would round their operands, as the evaluation during training has them."""
+    config = make_config(model__size="16x2x2", model__dtype=dtype)
+    apply = features.mean_features(config.model, config.data, trained_shape=(8, 8), layers=layers)
+    with jax.numpy_dtype_promotion("standard"):  # jax's own attention mixes bfloat16 and float32
+        params = jax.eval_shape(CJEPA(config).init, jax.random.key(0))["encoder"]
+        text = jax.jit(apply).lower(params, jax.ShapeDtypeStruct((4, 8, 8, 1), jnp.uint8)).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert len(products) == 1 + 2 * 6  # the embedding; of each block q, k and v, attention's two, and three more
+    assert all(("HIGHEST, HIGHEST" in line) == (dtype == "float32") for line in products)
+
+
+def test_the_command_keeps_products_of_float32_exact(workdir, monkeypatch):
+    seen, real = [], Knn.run
+
+    def run(*arguments):
+        seen.append(jax.config.jax_default_matmul_precision)
+        return real(*arguments)
+
+    monkeypatch.setattr(Knn, "run", run)
+    judge(workdir, settings(), ["knn"], name="exact")
+    assert seen == ["highest"]
 
 
 def reference_features(params, images: np.ndarray, config) -> list[np.ndarray]:

@@ -13,6 +13,7 @@ from cjepa_jax.evaluate import report
 from cjepa_jax.evaluate.config import Evaluation, resolve
 from cjepa_jax.evaluate.frozen import from_checkpoint, warn_of_same_images
 from cjepa_jax.files import check_writable
+from cjepa_jax.models.vit import exact
 from cjepa_jax.settings import flatten
 
 
@@ -66,7 +67,8 @@ def judge(
     print(report.header(frozen), flush=True)
     for one in wanted:
         start = time.perf_counter()
-        rows = known[one].run(frozen, stem)
+        with exact(frozen.model.dtype):  # as during training
+            rows = known[one].run(frozen, stem)
         report.write(files[one], frozen, {one: rows}, descriptions[one], seconds=time.perf_counter() - start)
         print(report.table(known[one], rows), flush=True)
         for file in (files[one], *(stem.with_name(f"{name}.{picture}") for picture in known[one].pictures)):

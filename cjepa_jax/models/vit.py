@@ -4,10 +4,11 @@ Shapes: B images or sequences, N patches in raster order, K kept patches,
 D width, F = patch_size^2 * channels values of a patch.
 """
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -254,6 +255,11 @@ def apply_blocks(
     return x
 
 
+def exact(dtype: jax.typing.DTypeLike) -> contextlib.AbstractContextManager[Any]:
+    """Keeps products of float32 exact where a model is float32; TPUs and GPUs would round their operands."""
+    return jax.default_matmul_precision("highest") if jnp.dtype(dtype) == jnp.float32 else contextlib.nullcontext()
+
+
 class Encoder(nn.Module):
     """Maps the patches of images, or some of them, to features."""
 
@@ -285,14 +291,15 @@ class Encoder(nn.Module):
         if idx is not None:  # before the embedding: the same values, and nothing to scatter in the backward pass
             patches = take(patches, idx)
             positions = take(jnp.broadcast_to(positions, (len(idx), *positions.shape[1:])), idx)
-        x = nn.Dense(self.size.width, dtype=self.dtype, kernel_init=kernel_init(self.init_scheme), name="embed")(
-            patches
-        )
-        x = x + positions.astype(self.dtype)
-        make = functools.partial(
-            Block, self.size.heads, self.size.mlp_ratio, self.init_scheme, self.dtype, self.layers.attend
-        )
-        x = apply_blocks(self, make, self.size.depth, self.layers, x, valid, keep)
+        with exact(self.dtype):
+            x = nn.Dense(self.size.width, dtype=self.dtype, kernel_init=kernel_init(self.init_scheme), name="embed")(
+                patches
+            )
+            x = x + positions.astype(self.dtype)
+            make = functools.partial(
+                Block, self.size.heads, self.size.mlp_ratio, self.init_scheme, self.dtype, self.layers.attend
+            )
+            x = apply_blocks(self, make, self.size.depth, self.layers, x, valid, keep)
         return layer_norm(x, name="norm")
 
 

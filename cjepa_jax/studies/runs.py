@@ -18,6 +18,7 @@ from cjepa_jax.evaluate.config import Evaluation, Images
 from cjepa_jax.evaluate.knn import Knn
 from cjepa_jax.files import write_whole
 from cjepa_jax.methods import METHODS
+from cjepa_jax.models.vit import exact
 from cjepa_jax.studies import results
 from cjepa_jax.studies.design import Arm, Run, Study
 from cjepa_jax.tpu import flops
@@ -225,7 +226,7 @@ def plan(study: Study) -> str:
 def _measure(study: Study, arm: Arm) -> tuple[float, float, float]:
     """Times compiling the step of an arm, its steps and an evaluation, in seconds; writes nothing."""
     config = _runs(study, arm)[0].config
-    with setup.precision(config):
+    with exact(config.model.dtype):
         training = setup.set_up(config, study.workdir, None)
         program = training.program
         rng = jax.device_put(jax.random.key(0), program.whole)

@@ -15,13 +15,14 @@ from cjepa_jax.data import pipeline, sources, waiting
 from cjepa_jax.errors import StorageError, UserError
 from cjepa_jax.evaluate import report
 from cjepa_jax.methods.base import Method, Metrics
+from cjepa_jax.models.vit import exact
 from cjepa_jax.tpu import chips, flops
 from cjepa_jax.train import checkpoint, distributed, lock, memory, peers, sharding, trackers, writer
 from cjepa_jax.train.alarm import Alarm
 from cjepa_jax.train.diagnostics import diagnose
 from cjepa_jax.train.feed import Feed
 from cjepa_jax.train.nonfinite import DivergedError, Recorder
-from cjepa_jax.train.setup import Training, precision, set_up
+from cjepa_jax.train.setup import Training, set_up
 from cjepa_jax.train.step import Program, TrainState
 from cjepa_jax.train.trouble import Trouble
 
@@ -62,7 +63,7 @@ def train(
             refused = error
         if distributed.any_of_them(run is None) or run is None:  # all have checked the workdir before one makes it
             raise refused or UserError(_ELSEWHERE)
-        with lock.Lock(workdir) as held, memory.explained(run.config), precision(run.config):
+        with lock.Lock(workdir) as held, memory.explained(run.config), exact(run.config.model.dtype):
             return _train(run, workdir, held, profile, compile_step or memory.compile_step, baselines)
 
 

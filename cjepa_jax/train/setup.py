@@ -1,6 +1,5 @@
 """All that a run needs, checked before anything is compiled or written."""
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -75,11 +74,6 @@ class Training:
             f"made longer: {before} -> {self.steps} steps; from step {step} on the schedules are those of the new "
             f"length: {', '.join(jumps)}"
         )
-
-
-def precision(config: Config) -> contextlib.AbstractContextManager[Any]:
-    """Keeps products of float32 exact where a config asks for them; TPUs and GPUs would round their operands."""
-    return jax.default_matmul_precision("highest") if config.model.dtype == "float32" else contextlib.nullcontext()
 
 
 def set_up(

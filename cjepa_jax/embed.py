@@ -51,7 +51,7 @@ def _run() -> None:
     from cjepa_jax.data import pipeline, sources
     from cjepa_jax.evaluate import embedding
     from cjepa_jax.evaluate.config import Evaluation, resolve
-    from cjepa_jax.files import check_writable
+    from cjepa_jax.files import check_bucket_support, check_writable, is_remote
     from cjepa_jax.interop.conversion import in_our_format
 
     _, settings = command.read_config(lambda _: Evaluation, default="evaluate")
@@ -70,7 +70,8 @@ def _run() -> None:
     given = _data_of(_INPUT.value) if _INPUT.value else {}
     data, crop_fraction = resolve(settings, {**saved, **given})
     source = sources.load(data, _SPLIT.value)
-    require(output.parent.is_dir(), f"--output: the folder {output.parent} does not exist")
+    check_bucket_support(output, "--output")
+    require(is_remote(output) or output.parent.is_dir(), f"--output: the folder {output.parent} does not exist")
     require(not (single and output.exists()), f"--output {output} exists already; remove it or name another one")
     require(single or not output.exists() or output.is_dir(), f"--output {output} is no folder")
     check_writable(output, "--output")

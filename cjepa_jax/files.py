@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -103,6 +104,21 @@ def write_whole(path: epath.Path, content: str | bytes) -> None:
         pathlib.Path(temporary).unlink(missing_ok=True)  # what room there is others may need
         raise
     os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def forgiving(path: epath.Path) -> Iterator[None]:
+    """Says on stderr what could not be written to an object store, and goes on.
+
+    It is for files that will be written anew: a network that fails for a while should not end a run because of them.
+    On a disk, errors stay errors.
+    """
+    try:
+        yield
+    except Exception as error:  # the client of gs:// raises many kinds
+        if not is_remote(path):
+            raise
+        print(f"{path} could not be written ({one_line(error)[:300]})", file=sys.stderr, flush=True)
 
 
 _NO_ROOM = {code: os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}

@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import pathlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,13 +16,13 @@ from jaxtyping import PyTree
 from cjepa_jax import checksums
 from cjepa_jax.config import Data, Grid, Model, grid_of
 from cjepa_jax.errors import UserError, nearest, one_line, require
-from cjepa_jax.files import absolute, is_file, is_remote, read_json, storing, write_whole
+from cjepa_jax.files import absolute, check_bucket_support, is_file, is_remote, read_json, storing, write_whole
 from cjepa_jax.models.masking import Masks
 from cjepa_jax.models.predictor import PredictorConfig, build_predictor
 from cjepa_jax.models.vit import build_encoder
 from cjepa_jax.settings import parse_flat
 from cjepa_jax.train.checkpoint import META, read_meta
-from cjepa_jax.train.orbax import quiet_on_error, reader
+from cjepa_jax.train.orbax import quiet_on_error, reader, saved_steps
 
 # Where a checkpoint's state holds each network: now, and in checkpoints written before states had "averages".
 NETWORKS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -217,16 +216,15 @@ def describe(path: epath.Path) -> tuple[epath.Path, dict[str, Any]]:
 def _find(path: epath.Path, flag: str) -> tuple[epath.Path, epath.Path]:
     """Returns the workdir and the folder of the state, for a workdir or one checkpoint of it. Raises UserError."""
     wanted = "wanted: a workdir, or WORKDIR/checkpoints/STEP"
+    check_bucket_support(path, flag)
     require(path.exists(), f"{flag} {path} does not exist; {wanted}")
     require(path.is_dir(), f"{flag} {path} is no folder; {wanted}")
     path = absolute(path)
     if (path / "state").is_dir():
         return path.parent.parent, path / "state"
-    folder = path / "checkpoints"
-    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-    steps = [int(name) for name in names if re.fullmatch("[0-9]{1,18}", name)]
+    steps = saved_steps(path)
     require(bool(steps), f"{flag} {path} holds no checkpoint; {wanted}")
-    return path, folder / str(max(steps)) / "state"
+    return path, path / "checkpoints" / str(max(steps)) / "state"
 
 
 def _read_config(file: epath.Path) -> dict[str, Any]:

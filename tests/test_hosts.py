@@ -113,6 +113,18 @@ def test_processes_train_as_one(alone, tmp_path, count, devices, settings):
     check(finish(start(count, devices, f"--workdir={workdir}", *settings)), workdir, alone, 5, 10)
 
 
+def test_a_workdir_that_they_do_not_share_is_refused(tmp_path):
+    own = "sys.argv[1:] = [word.replace('PROCESS', sys.argv[-1][-1]) for word in sys.argv[1:]]"
+    first = f"import sys; {own}; from cjepa_jax.train import lock; lock.SEEN = 1.0"
+    for process in ("0", "1"):
+        (tmp_path / process).mkdir()
+    said = finish(start(2, 1, f"--workdir={tmp_path}/PROCESS/run", first=first), 2, 2)
+    for process, text in enumerate(said):
+        assert f"error: --workdir {tmp_path}/{process}/run is not one folder for all processes" in text
+    assert not (tmp_path / "0" / "run" / "lock.json").exists()
+    assert not (tmp_path / "1" / "run").exists()
+
+
 def test_another_number_of_processes_goes_on(alone, tmp_path):
     """Two processes, which share the parameters, take the second half of what one has begun: same images and masks.
 

@@ -1,5 +1,6 @@
 """What is written where there is no appending and no renaming: gs://, here by fsspec's files in memory."""
 
+import functools
 import json
 import re
 
@@ -7,10 +8,11 @@ import fsspec
 import pytest
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
+from orbax.checkpoint._src.path import gcs_utils
 
-from cjepa_jax import files
+from cjepa_jax import files, pretrained
 from cjepa_jax.errors import UserError
-from cjepa_jax.train import checkpoint, writer
+from cjepa_jax.train import checkpoint, orbax, writer
 
 RUN = epath.Path("gs://bucket/run")
 
@@ -30,23 +32,10 @@ class Bucket(MemoryFileSystem):
         raise AssertionError("objects are not renamed")
 
 
-class Board:
-    """In TensorBoard's place."""
-
-    def __init__(self, *_, **__):
-        pass
-
-    def add_scalar(self, *_):
-        pass
-
-    def close(self):
-        pass
-
-
 @pytest.fixture
 def bucket(monkeypatch):
     fsspec.register_implementation("gcs", Bucket, clobber=True)
-    monkeypatch.setattr(writer, "SummaryWriter", Board)
+    monkeypatch.setattr(gcs_utils, "is_hierarchical_namespace_enabled", lambda path: False)  # which asks Google
     yield
     Bucket.store.clear()
 
@@ -66,6 +55,60 @@ def test_metrics_and_config_on_an_object_store():
     assert json.loads((RUN / "config.json").read_text()) == {"seed": 2}
 
 
+@pytest.mark.usefixtures("bucket")
+def test_events_are_uploaded_and_hold_what_was_written():
+    log = writer.Writer(RUN, start=0, steps=2, batch_size=2, images=8)
+    log.tick(1, 0.0)
+    log.write(1, {"loss/total": 0.5})
+    log.close()
+    (path,) = (RUN / "tensorboard").iterdir()
+    assert b"loss/total" in path.read_bytes()
+
+
+@pytest.mark.usefixtures("bucket")
+def test_a_bucket_that_fails_for_a_while_neither_ends_the_run_nor_loses_lines(monkeypatch, capfd):
+    monkeypatch.setattr(writer, "UPLOAD_SECONDS", 0.0)
+    at_once = functools.partial(writer.SummaryWriter, flush_secs=0)
+    monkeypatch.setattr(writer, "SummaryWriter", lambda *where, flush_secs, **options: at_once(*where, **options))
+    log = writer.Writer(RUN, start=0, steps=60, batch_size=2, images=8)
+    log.write(1, {"loss/total": 1.0})
+    with monkeypatch.context() as broken:
+        broken.setattr(Bucket, "_open", lambda *_, **__: (_ for _ in ()).throw(OSError("503 for a minute")))
+        for step in range(2, 40):  # TensorBoard's queue holds ten
+            log.write(step, {"loss/total": 1.0})
+    said = capfd.readouterr().err
+    for name in ("metrics.jsonl", "tensorboard/events"):
+        assert re.search(rf"gs://bucket/run/{name}.* could not be written \(503 for a minute\)", said), name
+    assert len(writer.read(RUN)) == 1
+    log.close()
+    assert [line["step"] for line in writer.read(RUN)] == list(range(1, 40))
+    (path,) = (RUN / "tensorboard").iterdir()
+    assert path.read_bytes().count(b"loss/total") == 39
+
+
+@pytest.mark.usefixtures("bucket")
+def test_lines_are_uploaded_once_a_minute_and_before_a_checkpoint():
+    log = writer.Writer(RUN, start=0, steps=9, batch_size=2, images=8)
+    for step in (1, 2, 3):
+        log.write(step, {"loss/total": 1.0})
+    assert [line["step"] for line in writer.read(RUN)] == [1]
+    log.upload()
+    assert [line["step"] for line in writer.read(RUN)] == [1, 2, 3]
+
+
+@pytest.mark.usefixtures("bucket")
+def test_a_checkpoint_that_was_never_completed_is_none():
+    """Orbax writes it under its final name on gs://, and marks it when it is complete."""
+    folder = RUN / "checkpoints"
+    for step, complete in ((50, True), (100, False)):
+        (folder / str(step) / "_CHECKPOINT_METADATA").write_text("{}")
+        (folder / str(step) / "state" / "manifest.ocdbt").write_bytes(b"x")
+        if complete:
+            (folder / str(step) / "commit_success.txt").write_text("")
+    (RUN / "config.json").write_text("{}")
+    assert orbax.saved_steps(RUN) == [50]
+
+
 def test_paths_of_object_stores_stay_what_they_are(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert checkpoint.absolute(RUN) == RUN
@@ -75,6 +118,8 @@ def test_paths_of_object_stores_stay_what_they_are(tmp_path, monkeypatch):
 def test_what_gs_needs_is_said_at_once():
     with pytest.raises(UserError, match=re.escape(f"gcsfs and google.cloud.storage missing; {files.GCS_INSTALL}")):
         checkpoint.check_workdir(RUN, None, {})
+    with pytest.raises(UserError, match=r"--checkpoint gs://bucket/run: gcsfs and google.cloud.storage missing"):
+        pretrained.describe(RUN)
 
 
 def test_launch_installs_what_gs_needs():

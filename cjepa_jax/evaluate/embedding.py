@@ -74,7 +74,8 @@ def begin_folder(output: epath.Path, about: Mapping[str, Any]) -> None:
     output.mkdir(exist_ok=True)
     file = output / "about.json"
     if not file.exists():
-        require(not any(output.iterdir()), f"--output {output} holds other files; name another folder")
+        holds = output.is_dir() and any(output.iterdir())  # a bucket has no empty folders
+        require(not holds, f"--output {output} holds other files; name another folder")
         write_whole(file, json.dumps(about, indent=1) + "\n")
         return
     found = read_json(file)

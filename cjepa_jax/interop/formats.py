@@ -6,7 +6,7 @@ from etils import epath
 
 from cjepa_jax import pretrained
 from cjepa_jax.errors import UserError, require
-from cjepa_jax.files import is_file
+from cjepa_jax.files import check_bucket_support, is_file
 from cjepa_jax.interop import ijepa, timm, transformers
 from cjepa_jax.interop.tensors import ImportOptions, OpenedCheckpoint
 
@@ -23,6 +23,7 @@ def open_source(path: epath.Path, options: ImportOptions) -> OpenedCheckpoint:
 
     Raises UserError for a path of no known format, and for a file that cannot be read.
     """
+    check_bucket_support(path, "--input")
     require(path.exists(), f"--input {path} does not exist")
     if path.is_dir():
         if (path / "state").is_dir() or (path / "checkpoints").is_dir():

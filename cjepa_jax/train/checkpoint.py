@@ -273,7 +273,7 @@ def check_workdir(
     )
     check_writable(workdir, "--workdir")
     require(not workdir.exists() or workdir.is_dir(), f"--workdir {workdir} is a file")
-    saved, steps = workdir / "config.json", saved_steps(workdir)
+    saved, steps = workdir / "config.json", orbax.saved_steps(workdir)
     if not saved.exists():
         require(not steps, f"--workdir {workdir} has checkpoints but no config.json; use another")
         require(not extend, f"--extend: --workdir {workdir} holds no run to make longer; leave --extend out")
@@ -310,7 +310,7 @@ def check_workdir(
 
 def check_images(workdir: epath.Path, fingerprint: str) -> None:
     """Raises UserError where the newest checkpoint that can be read was trained on images of another fingerprint."""
-    for step in sorted(saved_steps(workdir), reverse=True):
+    for step in sorted(orbax.saved_steps(workdir), reverse=True):
         path = workdir / "checkpoints" / str(step)
         try:
             before = read_json(path / META)["fingerprint"]
@@ -322,12 +322,6 @@ def check_images(workdir: epath.Path, fingerprint: str) -> None:
             "another workdir",
         )
         return
-
-
-def saved_steps(workdir: epath.Path) -> list[int]:
-    """Lists the steps that a run has saved, in no order."""
-    folder = workdir / "checkpoints"
-    return [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
 
 
 def _lost_checkpoint(workdir: epath.Path, config: dict[str, Any]) -> str:

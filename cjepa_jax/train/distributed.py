@@ -74,6 +74,11 @@ def told_by_first(value: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(value, np.int32)))
 
 
+def text_of_first(text: str) -> str:
+    """Gives the text of process 0, in ASCII and as long in all processes; all wait for it."""
+    return bytes(multihost_utils.broadcast_one_to_all(np.frombuffer(text.encode(), np.uint8))).decode()
+
+
 def wait_for(results: PyTree) -> None:
     """Waits until the devices have computed some arrays; says after a minute that other processes are waited for."""
     since = time.monotonic()

@@ -33,6 +33,7 @@ from cjepa_jax.train import distributed
 BEAT = 10.0  # seconds between two signs of life
 LEASE = 50.0  # seconds without one after which an owner counts as dead
 POLL = 1.0
+SEEN = 60.0  # seconds until all processes see what one has written: network disks answer from memory for a while
 
 
 class LockLostError(RuntimeError):
@@ -50,11 +51,15 @@ class Lock:
         self._thread: threading.Thread | None = None
         me = {"host": socket.gethostname(), "process": os.getpid()}
         me |= {"since": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")}
-        me |= {"machine": this_machine(), "started": start_time(os.getpid()), "token": uuid.uuid4().hex}
+        self._token = uuid.uuid4().hex
+        me |= {"machine": this_machine(), "started": start_time(os.getpid()), "token": self._token}
         self._content = json.dumps(me).encode()
 
     def __enter__(self):
-        """Takes the lock, and makes the workdir for it; raises UserError in every process where another has it."""
+        """Takes the lock, and makes the workdir for it.
+
+        Raises UserError in every process where another run has it, and where the processes do not share the workdir.
+        """
         refused: UserError | None = None
         if jax.process_index() == 0:
             try:
@@ -69,7 +74,24 @@ class Lock:
         if jax.process_index() == 0:
             self._thread = threading.Thread(target=self._keep, name="lock", daemon=True)
             self._thread.start()
+        if not is_remote(self._workdir) and distributed.any_of_them(not self._is_seen()):
+            self.__exit__()
+            raise UserError(
+                f"--workdir {self._workdir} is not one folder for all processes: some do not see what process 0 wrote "
+                "there; name a folder on a disk that all share, or on gs://"
+            )
         return self
+
+    def _is_seen(self) -> bool:
+        """Tells whether this process sees the lock of process 0; on one machine it does at once."""
+        token, deadline = distributed.text_of_first(self._token), time.monotonic() + SEEN
+        while True:
+            with contextlib.suppress(OSError):
+                if token in (self._workdir / "lock.json").read_text():
+                    return True
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(POLL)
 
     def _acquire(self) -> None:
         """Returns with the lock; raises UserError when its owner is alive."""

@@ -14,6 +14,7 @@ from cjepa_jax.config import Config
 from cjepa_jax.data import pipeline, sources, waiting
 from cjepa_jax.errors import StorageError, UserError
 from cjepa_jax.evaluate import report
+from cjepa_jax.files import forgiving
 from cjepa_jax.methods.base import Method, Metrics
 from cjepa_jax.models.vit import exact
 from cjepa_jax.tpu import chips, flops
@@ -184,6 +185,7 @@ def _train(
                 _flush(log, recorder, alarm, trouble, pending)
                 pending = None
             if saves:
+                log.upload()
                 checkpoints.save(step, state, calm=not trouble.found)
             if step in probes:
                 try:
@@ -262,7 +264,8 @@ class Curves:
 
     def draw(self) -> None:
         """Draws all lines that metrics.jsonl has so far."""
-        plots.curves(writer.read(self._workdir), self._workdir / "curves.png", self._method.panels)
+        with forgiving(self._workdir):
+            plots.curves(writer.read(self._workdir), self._workdir / "curves.png", self._method.panels)
         self._drawn = time.monotonic()
 
 

@@ -3,12 +3,27 @@
 import contextlib
 import io
 import logging
+import re
 import sys
 import time
 from collections.abc import Iterator
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
+
+from cjepa_jax.files import is_remote
+
+
+def saved_steps(workdir: epath.Path) -> list[int]:
+    """Lists the steps whose checkpoints are complete, in no order.
+
+    On gs:// an incomplete one has its final name, too, while it is written, or when the run was killed meanwhile.
+    """
+    folder = workdir / "checkpoints"
+    found = [path for path in folder.iterdir() if re.fullmatch("[0-9]{1,18}", path.name)] if folder.is_dir() else []
+    complete = ocp.step.is_checkpoint_finalized
+    return [int(path.name) for path in found if not is_remote(path) or complete(path)]
 
 
 def write_arrays_whole() -> None:

@@ -155,10 +155,12 @@ def _newest() -> str:
 
     def look() -> None:
         with contextlib.suppress(Exception):
+            from cjepa_jax.train import orbax  # which takes long to import, and has been imported if there is a workdir
+
             assert _watch and _watch.workdir
-            folder = _watch.workdir / "checkpoints"
-            steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
-            found.append(f"checkpoint {folder / str(max(steps))}" if steps else "its beginning")
+            steps = orbax.saved_steps(_watch.workdir)
+            newest = _watch.workdir / "checkpoints" / str(max(steps, default=0))
+            found.append(f"checkpoint {newest}" if steps else "its beginning")
 
     thread = threading.Thread(target=look, daemon=True)
     thread.start()

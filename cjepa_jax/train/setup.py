@@ -22,7 +22,7 @@ from cjepa_jax.interop.tensors import ImportOptions, OpenedCheckpoint
 from cjepa_jax.methods import METHODS, Method
 from cjepa_jax.models.vit import parse_size
 from cjepa_jax.settings import flatten
-from cjepa_jax.train import checkpoint, optimizer, sharding, step, trackers
+from cjepa_jax.train import checkpoint, optimizer, orbax, sharding, step, trackers
 
 
 @dataclasses.dataclass
@@ -113,7 +113,7 @@ def set_up(
     checkpoint.check_images(workdir, source.fingerprint)
     started_from = str(init) if init else None
     if not kind.needs_labels:
-        if checkpoint.saved_steps(workdir):  # of which the run goes on, and needs nothing more of `init`
+        if orbax.saved_steps(workdir):  # of which the run goes on, and needs nothing more of `init`
             started_from = read_json(workdir / "config.json").get("init.path")
         elif init:
             loaded, origin = _load_init(init, kind, config)

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import math
 import os
 import sys
 import time
@@ -11,7 +12,7 @@ from etils import epath
 from tqdm import tqdm
 
 from cjepa_jax.errors import StorageError
-from cjepa_jax.files import is_file, is_remote, storing, write_whole
+from cjepa_jax.files import forgiving, is_file, is_remote, storing, write_whole
 from cjepa_jax.train.trackers import Trackers
 
 # TensorBoardX imports PyTorch where it is installed, for a type hint. That would take longer than all other imports.
@@ -39,6 +40,7 @@ _SHOWN = {  # metric -> its name and form on the screen, where the first come fi
 }
 # What in a line depends on the clock and the machine, and so differs between two runs that are equal.
 TIMED = frozenset({"time", "images_per_second", "mfu", "seconds_left", "memory_gib", "data/wait_fraction"})
+UPLOAD_SECONDS = 60.0  # from one upload of metrics.jsonl to the next, as it is uploaded whole and training waits
 _PROBES = ("eval/knn", "eval/logistic", "eval/linear", "eval/top1", "eval/ema_top1")
 
 
@@ -68,17 +70,44 @@ class _EventFile:
         self._file.close()
 
 
+class _Upload:
+    """An object in a store, which is written anew when it has grown; what fails is tried again at the next time."""
+
+    failure = None  # there is no disk that is full
+
+    def __init__(self, path: epath.Path, content: bytes = b""):
+        self._path, self._content, self._written = path, bytearray(content), -1
+
+    def write(self, data: bytes) -> None:
+        self._content += data
+
+    def flush(self) -> None:
+        """Brings the object up to date."""
+        if len(self._content) == self._written:
+            return
+        with forgiving(self._path):
+            self._path.write_bytes(bytes(self._content))
+            self._written = len(self._content)
+
+    def close(self) -> None:
+        """Brings the object up to date for the last time."""
+        self.flush()
+
+
 class _EventFiles:
     """Opens the files of TensorBoard's writer whose path starts with PREFIX."""
 
-    PREFIX = "local:"
-    newest: _EventFile
+    PREFIX = "ours:"
+    newest: _EventFile | _Upload
 
     def directory_check(self, path: str) -> None:
-        os.makedirs(path.removeprefix(self.PREFIX), exist_ok=True)
+        folder = epath.Path(path.removeprefix(self.PREFIX))
+        if not is_remote(folder):  # where there are no folders
+            os.makedirs(folder, exist_ok=True)
 
-    def open(self, path: str) -> _EventFile:
-        self.newest = _EventFile(epath.Path(path.removeprefix(self.PREFIX)))
+    def open(self, path: str) -> _EventFile | _Upload:
+        file = epath.Path(path.removeprefix(self.PREFIX))
+        self.newest = _Upload(file) if is_remote(file) else _EventFile(file)
         return self.newest
 
 
@@ -90,7 +119,9 @@ class Writer:
     """Writes one line a call; also measures how fast the run is, how long it will take, and the devices' memory."""
 
     _failure: StorageError | None = None  # in writing metrics.jsonl
-    _events: _EventFile | None = None
+    _events: _EventFile | _Upload | None = None
+    _object: _Upload | None = None  # metrics.jsonl where it cannot be appended to
+    _uploaded = -math.inf
 
     def __init__(
         self,
@@ -125,16 +156,18 @@ class Writer:
         self._sent = {(line["step"], _is_evaluation(line)) for line in lines}
         kept = [line for line in lines if line["step"] <= start]
         self._evaluated = {line["step"] for line in kept if _is_evaluation(line)}
-        self._text = "".join(json.dumps(line) + "\n" for line in kept)
-        write_whole(self._path, self._text)
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        write_whole(self._path, text)
+        if is_remote(self._path):
+            self._object = _Upload(self._path, text.encode())
         folder = workdir / "tensorboard"
         with storing(folder):
             self._board = SummaryWriter(
-                f"{'' if is_remote(folder) else _EventFiles.PREFIX}{folder}",
+                f"{_EventFiles.PREFIX}{folder}",
                 purge_step=start + 1,
                 flush_secs=120 if is_remote(workdir) else 10,  # there the whole file is written anew
             )
-        self._events = None if is_remote(folder) else _EVENT_FILES.newest
+        self._events = _EVENT_FILES.newest
         self._bar = tqdm(
             total=steps,
             initial=start,
@@ -183,9 +216,10 @@ class Writer:
             return
         epoch = step * self._epochs_per_step
         line = json.dumps({"step": step, "time": time.time(), "epoch": epoch, **metrics}) + "\n"
-        if is_remote(self._path):  # no appending there
-            self._text += line
-            self._path.write_text(self._text)
+        if self._object:
+            self._object.write(line.encode())
+            if time.monotonic() - self._uploaded > UPLOAD_SECONDS:
+                self.upload()
         else:
             try:
                 with storing(self._path, len(line)), self._path.open("a") as file:
@@ -217,6 +251,12 @@ class Writer:
         if probes:
             self._bar.write(f"step {step}: {probes}", file=sys.stderr)
 
+    def upload(self) -> None:
+        """Brings metrics.jsonl up to date, where it is an object in a store; a file on a disk always is."""
+        if self._active and self._object:
+            self._object.flush()
+            self._uploaded = time.monotonic()
+
     def note(self, text: str) -> None:
         """Prints one line for the reader of the screen, above the bar."""
         tqdm.write(text, file=sys.stderr)
@@ -234,6 +274,7 @@ class Writer:
         """Ends the bar and flushes TensorBoard's events. Raises StorageError where anything could not be written."""
         if self._active:
             self._bar.close()
+            self.upload()
             self._board.close()
             self._trackers.close()
             if self.failure:

@@ -1,5 +1,8 @@
 """Maps of attention and components: against PyTorch and NumPy. The weights themselves: test_transformers_parity.py."""
 
+import functools
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +13,7 @@ from PIL import Image
 from cjepa_jax import plots
 from cjepa_jax.config import Model
 from cjepa_jax.evaluate import attention
+from cjepa_jax.models.attention import attend_xla
 from cjepa_jax.models.vit import build_encoder
 
 
@@ -52,6 +56,22 @@ def test_an_encoder_of_one_layer():
     assert weights.shape == (3, 2, 16, 16)
     np.testing.assert_allclose(weights.sum(axis=-1), 1, rtol=1e-5)
     assert float(jnp.std(weights, axis=-1).min()) > 1e-6
+
+
+def test_bfloat16_needs_no_tensor_cores_that_have_it(monkeypatch):
+    """XLA refuses the products that JAX's attention asks for on GPUs before Ampere, such as the T4."""
+    qkv = jax.random.normal(jax.random.key(0), (2, 8, 48)).astype(jnp.bfloat16)
+    bias, valid = jnp.zeros(48), jnp.arange(8)[None] < jnp.array([[8], [5]])
+    found = {}
+    for capability, refused in (("8.0", True), ("7.5", False)):
+        here = types.SimpleNamespace(compute_capability=capability)
+        monkeypatch.setattr(jax, "devices", lambda here=here: [here])
+        with jax.numpy_dtype_promotion("standard"):  # jax's own attention mixes bfloat16 and float32
+            lowered = jax.jit(functools.partial(attend_xla, heads=2)).lower(qkv, bias, valid)
+            found[capability] = attend_xla(qkv, bias, valid, heads=2)
+        assert ("algorithm" in lowered.as_text()) == refused
+        assert found[capability].dtype == jnp.bfloat16
+    np.testing.assert_allclose(*(x.astype(jnp.float32) for x in found.values()), atol=0.02)
 
 
 def test_colours_are_principal_components():

@@ -60,6 +60,22 @@ def test_knn_equals_scikit_learn(n, m, temperature, mesh):
     assert accuracy == pytest.approx((expected == test.labels).mean())
 
 
+def test_nearest_holds_no_second_copy_of_the_bank():
+    queries, bank = jax.ShapeDtypeStruct((16, 64), jnp.float32), jax.ShapeDtypeStruct((200_001, 64), jnp.float32)
+    needed = knn.nearest.lower(queries, bank, k=20).compile().memory_analysis()
+    assert needed.temp_size_in_bytes < needed.argument_size_in_bytes / 4
+
+
+@pytest.mark.parametrize("n, chunk", [(64, 64), (65, 64), (7, 64), (100, 30)])
+def test_nearest_sees_each_row_once(n, chunk):
+    queries, bank = (np.random.default_rng(i).normal(size=(size, 5)).astype(np.float32) for i, size in ((0, 9), (1, n)))
+    k = min(20, n)
+    cosine, rows = knn.nearest(jnp.asarray(queries), jnp.asarray(bank), k=k, chunk=chunk)
+    exact = (queries / np.linalg.norm(queries, axis=1)[:, None]) @ (bank / np.linalg.norm(bank, axis=1)[:, None]).T
+    np.testing.assert_array_equal(rows, np.argsort(-exact, axis=1, kind="stable")[:, :k])
+    np.testing.assert_allclose(cosine, -np.sort(-exact, axis=1)[:, :k], atol=1e-6)
+
+
 def test_logistic_equals_scikit_learn(mesh):
     train, test = blobs(403, 999)
     reference = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000, tol=1e-8)).fit(*train)

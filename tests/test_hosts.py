@@ -230,8 +230,17 @@ def test_slurm_starts_it(monkeypatch):
 def test_a_tpu_starts_it_and_other_accelerators_do_not(monkeypatch):
     started = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **given: started.append(given))
-    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    for name in ("JAX_PLATFORMS", "TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
     for there in (False, True):
         monkeypatch.setattr(chips, "may_be_here", lambda there=there: there)
         distributed.start(None, None, None, 1)
         assert len(started) == there
+    for hosts, count in (("localhost", 1), ("t1v-0,t1v-1", 2)):  # the first is what Kaggle's notebooks say
+        monkeypatch.setenv("TPU_WORKER_HOSTNAMES", hosts)
+        distributed.start(None, None, None, 1)
+        assert len(started) == count
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "slice-0")
+    monkeypatch.setenv("MEGASCALE_COORDINATOR_ADDRESS", "slice-0")  # one machine of each of several slices
+    distributed.start(None, None, None, 1)
+    assert len(started) == 3

@@ -12,6 +12,7 @@ import types
 import jax
 import pytest
 from etils import epath
+from jax._src import hardware_utils
 
 from cjepa_jax import plots
 from cjepa_jax.methods.cjepa import CJEPA
@@ -118,11 +119,17 @@ def test_peaks_of_known_devices():
     assert chips.peak_flops("cpu") is None and chips.peak_flops("NVIDIA L40S") is None
 
 
-def test_a_tpu_is_known_by_its_maker(tmp_path):
-    """Where there is none, libtpu is told so instead of complaining."""
-    for name, vendor in (("a", "0x8086"), ("b", "0x1af4")):
+def test_a_tpu_is_known_by_its_number(tmp_path):
+    """Where there is none, libtpu is told so instead of complaining, and no other processes are looked for."""
+    devices = {"a": ("0x8086", "0x0063"), "gVNIC": ("0x1ae0", "0x0042"), "NVMe": ("0x1ae0", "0x001f")}
+    for name, numbers in devices.items():
         (tmp_path / name).mkdir()
-        (tmp_path / name / "vendor").write_text(f"{vendor}\n")
+        for file, number in zip(("vendor", "device"), numbers, strict=True):
+            (tmp_path / name / file).write_text(f"{number}\n")
     assert not chips.may_be_here(str(tmp_path)) and not chips.may_be_here(str(tmp_path / "none"))
-    (tmp_path / "b" / "vendor").write_text("0x1ae0\n")
+    (tmp_path / "NVMe" / "device").write_text("0x0063\n")
     assert chips.may_be_here(str(tmp_path))
+
+
+def test_jax_knows_no_other_tpus():
+    assert hardware_utils._TPU_PCI_DEVICE_IDS.keys() == chips.PCI_DEVICES

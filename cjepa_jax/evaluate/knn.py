@@ -83,26 +83,25 @@ def nearest(
 ) -> tuple[Float[Array, "m k"], Int[Array, "m k"]]:
     """Finds the k rows of the bank that are nearest to each query: their cosines and row numbers, nearest first.
 
-    At most m * chunk similarities are held at a time.
+    At most m * chunk similarities are held at a time, and no second copy of the bank.
     """
-    n, width = bank.shape
-    chunk = max(k, min(chunk, n))
-    chunks = -(-n // chunk)
+    n = len(bank)
+    chunk = min(chunk, n)
     queries = unit(queries)
-    padded = jnp.zeros((chunks * chunk, width), bank.dtype).at[:n].set(unit(bank)).reshape(chunks, chunk, width)
-    rows = jnp.arange(chunks * chunk).reshape(chunks, chunk)
 
-    def nearer(best, part):
-        some, numbers = part
+    def nearer(best, first):
+        start = jnp.minimum(first, n - chunk)  # the last chunk begins with rows that were seen before
+        some = unit(jax.lax.dynamic_slice_in_dim(bank, start, chunk))
+        numbers = start + jnp.arange(chunk)
         cosine = jnp.einsum("md,nd->mn", queries, some, precision="highest")
-        cosine = jnp.where(numbers < n, cosine, -jnp.inf)
+        cosine = jnp.where(numbers >= first, cosine, -jnp.inf)
         cosine = jnp.concatenate([best[0], cosine], axis=1)
         numbers = jnp.concatenate([best[1], jnp.broadcast_to(numbers, (len(queries), chunk))], axis=1)
         cosine, position = jax.lax.top_k(cosine, k)
         return (cosine, jnp.take_along_axis(numbers, position, axis=1)), None
 
-    none = jnp.full((len(queries), k), -jnp.inf), jnp.zeros((len(queries), k), rows.dtype)
-    return jax.lax.scan(nearer, none, (padded, rows))[0]
+    none = jnp.full((len(queries), k), -jnp.inf), jnp.zeros((len(queries), k), jnp.int32)
+    return jax.lax.scan(nearer, none, jnp.arange(0, n, chunk))[0]
 
 
 @functools.partial(jax.jit, static_argnames="classes")
@@ -124,11 +123,11 @@ def search(
     The last part is filled up: what it says behind the m-th query means nothing.
     """
     size = -(-min(1024, len(queries)) // mesh.size) * mesh.size
-    on_devices = jax.device_put(bank, sharding.replicated(mesh))
+    on_devices = sharding.put(bank, sharding.replicated(mesh))
     for start in range(0, len(queries), size):
         part = queries[start : start + size]
-        part = jax.device_put(np.pad(part, ((0, size - len(part)), (0, 0))), sharding.batch(mesh))
-        yield nearest(part, on_devices, k=k)
+        filled = np.pad(part, ((0, size - len(part)), (0, 0)))
+        yield nearest(sharding.put(filled, sharding.batch(mesh)), on_devices, k=k)
 
 
 def accuracies(
@@ -144,7 +143,7 @@ def accuracies(
 
     The devices share the test images.
     """
-    labels = jax.device_put(train.labels, sharding.replicated(mesh))
+    labels = sharding.put(train.labels, sharding.replicated(mesh))
     right, start = np.zeros(len(temperatures), int), 0
     for cosine, rows in search(test.features, train.features, k=k, mesh=mesh):
         truth = test.labels[start : start + len(cosine)]

@@ -67,7 +67,7 @@ def spread(images: Labelled, mesh: jax.sharding.Mesh) -> tuple[Float[Array, "m D
     """Shares features [n, D] and labels among all devices; rows with the label -1 fill up the last share."""
     more = -len(images.labels) % mesh.size
     padded = np.pad(images.features, ((0, more), (0, 0))), np.pad(images.labels, (0, more), constant_values=-1)
-    features, labels = jax.device_put(padded, sharding.batch(mesh))
+    features, labels = (sharding.put(x, sharding.batch(mesh)) for x in padded)
     return features, labels
 
 

@@ -46,9 +46,21 @@ def split_heads(
 def attend_xla(
     qkv: Float[Array, "S N 3D"], bias: Float[Array, " 3D"], valid: Bool[Array, "S N"] | None, *, heads: int
 ) -> Float[Array, "S N D"]:
-    """Attends by operations that XLA compiles for any device and any shape."""
+    """Attends by operations that XLA compiles for any device and any shape.
+
+    Where a GPU cannot multiply bfloat16 as JAX's attention asks for, the products are of float32.
+    """
     mask = None if valid is None else valid[:, None, None, :]
-    return rearrange(jax.nn.dot_product_attention(*split_heads(qkv, bias, heads), mask=mask), "s n h d -> s n (h d)")
+    capability = _capability(jax.devices()[0])
+    wide = qkv.dtype == jnp.bfloat16 and capability is not None and capability < 8
+    q, k, v = split_heads(qkv.astype(jnp.float32) if wide else qkv, bias, heads)
+    return rearrange(jax.nn.dot_product_attention(q, k, v, mask=mask), "s n h d -> s n (h d)").astype(qkv.dtype)
+
+
+def _capability(device: jax.Device) -> int | None:
+    """Gives the major number of CUDA's compute capability; None for what is no NVIDIA GPU."""
+    number = getattr(device, "compute_capability", "").split(".")[0]  # those of AMD's GPUs are no numbers
+    return int(number) if number.isdigit() else None
 
 
 def attend_packed(
@@ -116,9 +128,7 @@ def choose(
         unsupported = fused_attention.unsupported
     else:
         fused, unsupported = attend_cudnn, _cudnn_unsupported
-    # CUDA's capabilities are "7.5", "8.0" and so on; those of AMD's GPUs are no numbers.
-    capability = getattr(device, "compute_capability", "").split(".")[0]
-    served = device.platform == "tpu" or (capability.isdigit() and int(capability) >= 8)
+    served = device.platform == "tpu" or (_capability(device) or 0) >= 8
     if setting == "fused":
         require(
             served,

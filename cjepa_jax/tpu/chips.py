@@ -12,12 +12,18 @@ NO_TPU = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepo
 # back from it here.
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 ENVIRONMENT |= {"JAX_ENABLE_COMPILATION_CACHE": "false", **NO_TPU}
+PCI_DEVICES = {"0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076"}  # v2 and v3, ..., v6e, TPU7x
 
 
 def may_be_here(devices: str = "/sys/bus/pci/devices") -> bool:
-    """Tells whether a PCI device of this machine is Google's, by which JAX, too, knows a TPU."""
-    files = pathlib.Path(devices).glob("*/vendor")
-    return any(file.read_text().strip() == "0x1ae0" for file in files)
+    """Tells whether a PCI device of this machine is a TPU, by the numbers that JAX knows.
+
+    The vendor alone does not tell: network and disk adapters of Google's cloud machines are Google's, too.
+    """
+    return any(
+        file.read_text().strip() == "0x1ae0" and (file.parent / "device").read_text().strip() in PCI_DEVICES
+        for file in pathlib.Path(devices).glob("*/vendor")
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,8 +29,10 @@ def start(coordinator_address: str | None, num_processes: int | None, process_id
     missing = [f"--{name}" for name, value in given.items() if value is None]
     require(len(missing) in (0, 3), f"{' and '.join(missing)} missing: several processes need all three flags")
     slurm = int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ
-    # On a TPU VM that is alone the start is harmless.
-    tpu = os.environ.get("JAX_PLATFORMS", "tpu").startswith("tpu") and chips.may_be_here()
+    # On a TPU VM that is alone the start is harmless, but for notebooks that name this machine as the only one.
+    named = os.environ.get("TPU_WORKER_HOSTNAMES", "several,perhaps")
+    alone = "," not in named and "MEGASCALE_COORDINATOR_ADDRESS" not in os.environ
+    tpu = os.environ.get("JAX_PLATFORMS", "tpu").startswith("tpu") and chips.may_be_here() and not alone
     if not (slurm or tpu or not missing):
         return
     address = coordinator_address or "the first process (as Slurm or the TPU slice names it)"

@@ -46,7 +46,11 @@ class Training:
         if self.networks:
             params, averages = self.method.start_from(self.networks)
             state = state.replace(params={**state.params, **params}, averages={**state.averages, **averages})
-            state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, self.program.state))
+            state = jax.tree.map(
+                lambda x, like: x if isinstance(x, jax.Array) else sharding.put(x, like.sharding),
+                state,
+                self.program.state,
+            )
         return state
 
     def untrained_encoder(self, rng: jax.Array) -> PyTree[jax.Array]:

@@ -100,6 +100,14 @@ def parameters(shapes: PyTree, config: MeshConfig, mesh: Mesh) -> PyTree:
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
+def put(x: np.ndarray, to: jax.sharding.Sharding) -> jax.Array:
+    """Puts an array that every process holds whole onto the devices, each of which gets its part.
+
+    With several processes, `jax.device_put` would first compare what they hold, by a copy of each on every device.
+    """
+    return jax.make_array_from_callback(x.shape, to, lambda index: x[index])
+
+
 def places(config: MeshConfig, mesh: Mesh, params: PyTree) -> tuple[Place, Place | None, Place]:
     """Gives what `mesh.parameters` does to parameters before a pass, to a block's within it, and to gradients after.
 

@@ -12,8 +12,8 @@ Hardware: one GPU, or a laptop with patience, for which --config.model.size=Ti -
 the batch is seen in as many parts as memory asks for. Not yet run on a GPU.
 
 The weight of the regulariser, --config.vicreg.weight, is the paper's .001. Where the run collapses, raise it up to .01,
-which has cost nothing in kNN at each width and batch size that was tried, with two seeds; .03 has cost up to 2.9 points
-(docs/study.md).
+which has cost nothing in kNN at each width and batch size that was tried, with three seeds; .03 has cost up to 2.4
+points (docs/study.md).
 """
 
 from ml_collections import ConfigDict

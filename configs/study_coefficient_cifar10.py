@@ -6,7 +6,7 @@
 Widths of 48, 96 and 192, and batches of 32, 64 and 256 images, one changed at a time; I-JEPA and three coefficients in
 each, and the variance term with a gamma of 0.6 instead of 1; three seeds: 66 runs of 120,000 images, as in
 study_collapse_cifar10, from which twelve of them are known. The learning rate follows the square root of the batch
-size; nothing is tuned. Two of the seeds have been run. Hardware: one CPU core, 2 to 10 minutes a run, or a GPU.
+size; nothing is tuned. Hardware: one CPU core, 2 to 10 minutes a run, or a GPU.
 """
 
 from typing import Any

@@ -83,15 +83,16 @@ class Lock:
         return self
 
     def _is_seen(self) -> bool:
-        """Tells whether this process sees the lock of process 0; on one machine it does at once."""
+        """Tells whether this process sees the lock that process 0 has written; on one machine it does at once."""
         token, deadline = distributed.text_of_first(self._token), time.monotonic() + SEEN
-        while True:
+        while jax.process_index() > 0:
             with contextlib.suppress(OSError):
                 if token in (self._workdir / "lock.json").read_text():
                     return True
             if time.monotonic() > deadline:
                 return False
             time.sleep(POLL)
+        return True
 
     def _acquire(self) -> None:
         """Returns with the lock; raises UserError when its owner is alive."""

@@ -71,12 +71,15 @@ class _EventFile:
 
 
 class _Upload:
-    """An object in a store, which is written anew when it has grown; what fails is tried again at the next time."""
+    """An object in a store, which is written anew when it has grown; what fails is tried again at the next time.
+
+    content: what the object holds already.
+    """
 
     failure = None  # there is no disk that is full
 
     def __init__(self, path: epath.Path, content: bytes = b""):
-        self._path, self._content, self._written = path, bytearray(content), -1
+        self._path, self._content, self._written = path, bytearray(content), len(content)
 
     def write(self, data: bytes) -> None:
         self._content += data

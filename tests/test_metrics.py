@@ -12,6 +12,7 @@ from orbax.checkpoint._src.path import gcs_utils
 
 from cjepa_jax import files, pretrained
 from cjepa_jax.errors import UserError
+from cjepa_jax.interop.conversion import in_our_format
 from cjepa_jax.train import checkpoint, orbax, writer
 
 RUN = epath.Path("gs://bucket/run")
@@ -118,8 +119,9 @@ def test_paths_of_object_stores_stay_what_they_are(tmp_path, monkeypatch):
 def test_what_gs_needs_is_said_at_once():
     with pytest.raises(UserError, match=re.escape(f"gcsfs and google.cloud.storage missing; {files.GCS_INSTALL}")):
         checkpoint.check_workdir(RUN, None, {})
-    with pytest.raises(UserError, match=r"--checkpoint gs://bucket/run: gcsfs and google.cloud.storage missing"):
-        pretrained.describe(RUN)
+    for read in (pretrained.describe, in_our_format):
+        with pytest.raises(UserError, match=r"--checkpoint gs://bucket/run: gcsfs and google.cloud.storage missing"):
+            read(RUN)
 
 
 def test_launch_installs_what_gs_needs():

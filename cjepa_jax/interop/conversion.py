@@ -12,7 +12,7 @@ from etils import epath
 
 from cjepa_jax import pretrained
 from cjepa_jax.errors import require, saying
-from cjepa_jax.files import check_writable, storing
+from cjepa_jax.files import check_bucket_support, check_writable, storing
 from cjepa_jax.interop import card, formats, tensors, timm, transformers
 
 # Everything that a folder written here may hold; --force deletes no folder that holds anything else.
@@ -62,6 +62,7 @@ def in_our_format(path: epath.Path) -> epath.Path:
     so. Raises UserError as `convert` does.
     """
     path = path.expanduser()
+    check_bucket_support(path, "--checkpoint")
     if not path.exists() or (path.is_dir() and not transformers.is_folder(path)):
         return path
     ours = path.with_name(f"{path.name}.orbax")

@@ -16,7 +16,7 @@ from cjepa_jax.config import Config, Data
 from cjepa_jax.data import pipeline, sources
 from cjepa_jax.errors import require, saying
 from cjepa_jax.evaluate.during import DuringTraining, reader_to_learn_from
-from cjepa_jax.files import read_json
+from cjepa_jax.files import check_bucket_support, read_json
 from cjepa_jax.interop import transformers
 from cjepa_jax.interop.tensors import ImportOptions, OpenedCheckpoint
 from cjepa_jax.methods import METHODS, Method
@@ -176,6 +176,7 @@ def _load_init(init: epath.Path, kind: type[Method], config: Config) -> tuple[pr
     start as that one; where it has no predictor, that is missing in the result, too. Fine-tuning says itself which
     encoder it wants. Raises UserError.
     """
+    check_bucket_support(init, "--init")
     with saying("--init", instead_of="--input"):
         if transformers.is_folder(init):
             opened = transformers.open_folder(init, ImportOptions())

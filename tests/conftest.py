@@ -15,8 +15,7 @@ os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {QUICK}"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests, and the commands that they start, mostly compile programs that an earlier one, or the last run, has compiled.
-# Each worker has a cache of its own, because JAX does not lock a cache against another process.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{ROOT}/.pytest_cache/jax/{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{ROOT}/.pytest_cache/jax"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 

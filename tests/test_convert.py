@@ -199,7 +199,7 @@ def test_the_predictor_of_ijepa(odd):
     random = np.random.default_rng(2)
     context, order = random.standard_normal((2, 6, 24), np.float32), random.permutation(16)
     visible, hidden = order[:6], order[6:10]
-    ours = build_predictor(loaded.predictor, loaded.model, grid=(4, 4)).apply(
+    ours = jax.jit(build_predictor(loaded.predictor, loaded.model, grid=(4, 4)).apply)(
         {"params": loaded.params["predictor"]},
         jnp.asarray(context),
         Masks(

@@ -1,5 +1,6 @@
 """Features of a checkpoint, and the command that judges them."""
 
+import functools
 import json
 import pathlib
 import sys
@@ -54,7 +55,7 @@ def workdir(tmp_path_factory) -> epath.Path:
     from tests.conftest import small
 
     config = small(model__size="16x2x2", data__train_split="train[:300]", data__test_split="test[:150]")
-    state = init_state(jax.random.key(7), method=CJEPA(config), steps=1)
+    state = jax.device_get(jax.jit(functools.partial(init_state, method=CJEPA(config), steps=1))(jax.random.key(7)))
     params = {
         "encoder": state.params["encoder"],
         "target_encoder": jax.tree.map(lambda x: x * 1.1, state.averages["target_encoder"]),
@@ -161,8 +162,8 @@ def test_images_of_another_size_get_interpolated_positions(workdir):
     encoder = features.encoder_for(frozen.model, image_shape=(12, 12), trained_shape=(8, 8))
     params = frozen.origin.networks.params["encoder"]
     patches = jnp.ones((1, 36, 4))
-    moved = encoder.apply({"params": params}, patches)
-    computed = build_encoder(frozen.model, grid=(6, 6)).apply({"params": params}, patches)
+    moved = jax.jit(encoder.apply)({"params": params}, patches)
+    computed = jax.jit(build_encoder(frozen.model, grid=(6, 6)).apply)({"params": params}, patches)
     assert moved.shape == (1, 36, 16) and np.abs(moved - computed).max() > 0.01
     assert frozen.splits()["trained"].test.features.shape == (150, 16)
 

@@ -32,6 +32,7 @@ SMALL = [
     "--config.optim.warmup_epochs=0.02",
 ]
 
+ENDLESS = ["--config.optim.epochs=1000", "--config.checkpoint.every=100000"]
 JUDGED = ["--config.eval.every=10", "--config.eval.images=100", "--config.eval.draws=1"]
 
 
@@ -146,7 +147,7 @@ def test_another_number_of_processes_goes_on(alone, tmp_path):
 
 def test_a_stop_of_one_stops_all_after_the_same_step(alone, tmp_path):
     workdir = tmp_path / "run"
-    processes = start(2, 1, f"--workdir={workdir}", "--config.optim.epochs=1000", "--config.checkpoint.every=100000")
+    processes = start(2, 1, f"--workdir={workdir}", *ENDLESS)
     while not (workdir / "metrics.jsonl").exists() or len(losses(workdir)) < 3:
         assert all(process.poll() is None for process in processes)
         time.sleep(0.1)
@@ -158,32 +159,28 @@ def test_a_stop_of_one_stops_all_after_the_same_step(alone, tmp_path):
     assert losses(workdir)[0] == pytest.approx(losses(alone)[0], rel=1e-4)
 
 
-def test_an_error_of_one_stops_all_and_saves_nothing_of_it(tmp_path):
-    """Process 1 finds its images gone."""
-    rng = np.random.default_rng(0)
-    for name in ("a", "b"):
-        np.savez(tmp_path / f"{name}.npz", train_images=rng.integers(0, 256, (32, 8, 8), np.uint8))
-    workdir = tmp_path / "run"
-    before = (
-        "import sys; from cjepa_jax.data import sources; "
-        "sources.Source.read = lambda self, i: (_ for _ in ()).throw(sources.UnreadableError('gone')) "
-        "if '--process_id=1' in sys.argv else self.records[i]"
+def gone(split: str) -> str:
+    """Code by which process 1 finds the images of a split gone."""
+    return (
+        "import sys; from cjepa_jax.data import sources; read = sources.Source.read; "
+        f"gone = lambda self: '--process_id=1' in sys.argv and {split!r} in self.name(0); "
+        "sources.Source.read = lambda self, i: "
+        "(_ for _ in ()).throw(sources.UnreadableError('gone')) if gone(self) else read(self, i)"
     )
-    said = finish(start(2, 1, f"--workdir={workdir}", "--config.data.max_bad_fraction=1.0", first=before), 2, 2)
+
+
+def test_an_error_of_one_stops_all_and_saves_nothing_of_it(tmp_path):
+    workdir = tmp_path / "run"
+    settings = [*ENDLESS, "--config.data.max_bad_fraction=1.0"]
+    said = finish(start(2, 1, f"--workdir={workdir}", *settings, first=gone("train")), 2, 2)
     assert "error: another process could not go on and says why" in said[0]
     assert "error: 100 images in a row cannot be read" in said[1]
     assert not list((workdir / "checkpoints").glob("[0-9]*"))
 
 
 def test_an_error_of_one_in_an_evaluation_ends_all(tmp_path):
-    """Process 1 cannot read the test images, and process 0 would wait for its features."""
-    before = (
-        "import sys; from cjepa_jax.data import sources; read = sources.Source.read; "
-        "gone = lambda self: '--process_id=1' in sys.argv and 'test' in self.name(0); "
-        "sources.Source.read = lambda self, i: "
-        "(_ for _ in ()).throw(sources.UnreadableError('gone')) if gone(self) else read(self, i)"
-    )
-    said = finish(start(2, 1, f"--workdir={tmp_path / 'run'}", *JUDGED, first=before), 1, 1)
+    """Process 0 would wait for the features of process 1."""
+    said = finish(start(2, 1, f"--workdir={tmp_path / 'run'}", *ENDLESS, *JUDGED, first=gone("test")), 1, 1)
     assert "error: process 1 cannot go on" in said[0] and "images tried cannot be read" in said[0]
 
 

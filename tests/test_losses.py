@@ -180,7 +180,8 @@ def test_no_gradient_reaches_the_target_branch(make_config, views):
     def loss(params, averages):
         return method.loss(params, method.forward(params, averages, MaskedImages(images, masks)))[0]
 
-    online, target = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, {"target_encoder": params["encoder"]})
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    online, target = jax.device_get(gradient(params, {"target_encoder": params["encoder"]}))
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(target))
     for network, gradients in online.items():
         assert all((leaf != 0).any() for leaf in jax.tree.leaves(gradients)), network
@@ -220,7 +221,7 @@ def test_target_norm_is_a_layer_norm_without_affine(scale, offset):
 def test_projector_is_that_of_torch_for_each_view(widths):
     views = 3 * draw(3, 16, 12) + np.arange(3, dtype=np.float32)[:, None, None]  # the statistics of the views differ
     module = Projector(widths)
-    params = module.init(jax.random.key(0), views).get("params", {})
+    params = jax.device_get(jax.jit(module.init)(jax.random.key(0), views)).get("params", {})
     rng = np.random.default_rng(3)
     params = jax.tree.map(lambda p: p + 0.3 * rng.normal(size=p.shape).astype(np.float32), params)
 
@@ -232,12 +233,12 @@ def test_projector_is_that_of_torch_for_each_view(widths):
             layers += [torch.nn.BatchNorm1d(after), torch.nn.ReLU()]
             layers[-2].weight.data, layers[-2].bias.data = (torch.tensor(params[f"{n}{i}"]) for n in ("scale", "bias"))
     expected = torch.stack([torch.nn.Sequential(*layers).train()(torch.tensor(view)) for view in views])
-    ours = module.apply({"params": params}, views)
+    ours = jax.jit(module.apply)({"params": params}, views)
     np.testing.assert_allclose(ours, expected.detach().double(), rtol=1e-4, atol=1e-5)
 
 
 def test_projector_starts_as_torch_does():
-    params = Projector((400, 8)).init(jax.random.key(0), jnp.zeros((2, 25)))["params"]
+    params = jax.jit(Projector((400, 8)).init)(jax.random.key(0), jnp.zeros((2, 25)))["params"]
     kernel, torch_kernel = params["fc0"]["kernel"], torch.nn.Linear(25, 400).weight.detach()
     assert kernel.std() == pytest.approx(float(torch_kernel.std()), rel=0.03)
     assert jnp.abs(kernel).max() == pytest.approx(float(torch_kernel.abs().max()), rel=0.01)

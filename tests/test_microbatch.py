@@ -15,7 +15,7 @@ from cjepa_jax.methods.cjepa import CJEPA
 from cjepa_jax.methods.supervised import Supervised
 from cjepa_jax.settings import parse
 from cjepa_jax.train import microbatch, sharding
-from cjepa_jax.train.step import build, init_state
+from cjepa_jax.train.step import TrainState, build, init_state
 from configs import finetune_digits
 from tests.conftest import small
 
@@ -45,6 +45,10 @@ def batch() -> Batch:
     return Batch(images, rng.integers(0, 10, BATCH).astype(np.int32))
 
 
+def initial(method) -> TrainState:
+    return jax.jit(functools.partial(init_state, method=method, steps=10))(jax.random.key(0))
+
+
 def gradient(method, microbatches: int, devices: int = 1, data: Batch | None = None, spread: float = 1.0):
     """The loss, its parts, all outputs and the gradient; also the compiled program.
 
@@ -53,11 +57,11 @@ def gradient(method, microbatches: int, devices: int = 1, data: Batch | None = N
     data = batch() if data is None else data
     mesh = sharding.make_mesh(method.config.mesh, jax.devices()[:devices])
     whole, split = sharding.replicated(mesh), sharding.batch(mesh)
-    state = init_state(jax.random.key(0), method=method, steps=10)
-    encoder = jax.tree.map(lambda p: spread * p if p.ndim > 1 else p, state.params["encoder"])
+    state = initial(method)
+    encoder = jax.tree.map(lambda p: spread * p if p.ndim > 1 else p, jax.device_get(state.params["encoder"]))
     params = {**state.params, "encoder": encoder}
     # Averages that are not the parameters.
-    averages = jax.tree.map(lambda x: 1.1 * x, state.averages)
+    averages = jax.tree.map(lambda x: 1.1 * x, jax.device_get(state.averages))
     forward = microbatch.forward(method, microbatches)
 
     def loss(params, batch, rng):
@@ -124,16 +128,16 @@ def test_a_mean_of_gradients_of_small_batches_is_another_objective():
     """What accumulation does elsewhere; the statistics of the regulariser are those of the batch."""
     method = cjepa("target_blocks")
     _, wanted = of_the_whole_batch("target_blocks")
-    state = init_state(jax.random.key(0), method=method, steps=10)
-    averages = jax.tree.map(lambda x: 1.1 * x, state.averages)
-    inputs = method.prepare(batch(), jax.random.key(1))
+    state = initial(method)
+    averages = jax.tree.map(lambda x: 1.1 * x, jax.device_get(state.averages))
+    inputs = jax.device_get(jax.jit(method.prepare)(batch(), jax.random.key(1)))
 
     @jax.jit
     @jax.grad
     def part(params, inputs):
         return method.loss(params, method.forward(params, averages, inputs))[0]
 
-    parts = [part(state.params, jax.tree.map(lambda x, i=i: x[i::4], inputs)) for i in range(4)]
+    parts = [jax.device_get(part(state.params, jax.tree.map(lambda x, i=i: x[i::4], inputs))) for i in range(4)]
     mean = jax.tree.map(lambda *x: sum(x) / 4, *parts)
     distance = [np.linalg.norm(a - b) for a, b in zip(*map(jax.tree.leaves, (mean, wanted)), strict=True)]
     assert np.linalg.norm(distance) > 1e-2 * np.linalg.norm([np.linalg.norm(x) for x in jax.tree.leaves(wanted)])

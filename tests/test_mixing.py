@@ -147,15 +147,16 @@ def test_dropped_branches_leave_the_residual_alone(layers, remat):
     model = Model(size="16x2x2", patch_size=2, init="fan_in", dtype="float32", layers=layers, remat=remat)
     encoder = build_encoder(model, grid=(3, 3))
     patches = jax.random.normal(jax.random.key(0), (3, 9, 4))
-    params = encoder.init(jax.random.key(1), patches)
-    whole = encoder.apply(params, patches)
+    params = jax.jit(encoder.init)(jax.random.key(1), patches)
+    apply = jax.jit(encoder.apply)
+    whole = apply(params, patches)
     keep = jnp.ones((2, 2, 3)).at[:, :, 1].set(0).at[1, :, 2].set(0)
-    dropped = encoder.apply(params, patches, keep=keep)
+    dropped = apply(params, patches, keep=keep)
     np.testing.assert_allclose(dropped[0], whole[0], rtol=1e-6, atol=1e-6)
     first = {"params": {name: value for name, value in params["params"].items() if name != "block01"}}
     none = {"params": {name: value for name, value in first["params"].items() if name != "block00"}}
     for image, kept, depth in ((1, none, 0), (2, first, 1)):
         short = encoder.clone(size=encoder.size._replace(depth=depth), layers=encoder.layers._replace(scanned=False))
-        np.testing.assert_allclose(dropped[image], short.apply(kept, patches)[image], rtol=1e-5, atol=1e-6)
-    doubled = encoder.apply(params, patches, keep=2 * jnp.ones((2, 2, 3)))
+        np.testing.assert_allclose(dropped[image], jax.jit(short.apply)(kept, patches)[image], rtol=1e-5, atol=1e-6)
+    doubled = apply(params, patches, keep=2 * jnp.ones((2, 2, 3)))
     assert np.abs(doubled - whole).max() > 0.01

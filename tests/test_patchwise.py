@@ -35,7 +35,7 @@ def save(tmp_path):
         encoder = build_encoder(model, grid=(SIZE // patch_size, SIZE // patch_size))
         patches = np.zeros((1, math.prod(encoder.grid), patch_size**2 * channels), np.float32)
         keys = jax.random.split(jax.random.key(seed), len(towers))
-        params = {tower: encoder.init(key, patches)["params"] for tower, key in zip(towers, keys, strict=True)}
+        params = {tower: jax.jit(encoder.init)(key, patches)["params"] for tower, key in zip(towers, keys, strict=True)}
         mean, std = (0.5,) * channels, (0.25,) * channels
         networks = pretrained.Pretrained(model, None, SIZE, mean, std, step=7, params=jax.device_get(params))
         pretrained.save(tmp_path / name, networks)
@@ -173,7 +173,8 @@ def test_the_query_is_a_patch(save, load, drawn, tmp_path):
     networks = frozen.origin.networks
     encoder = build_encoder(dataclasses.replace(networks.model, layers="unrolled"), grid=(4, 4))
     patches = patchify(((clean / 255 - 0.5) / 0.25).astype(np.float32), 4)  # not of what is outlined
-    weights, _ = maps.last_layer(encoder, networks.params["target_encoder"], patches)
+    look = jax.jit(functools.partial(maps.last_layer, encoder))
+    weights, _ = look(networks.params["target_encoder"], patches)
     from_query = np.asarray(weights).mean(axis=1)[:, 1 * 4 + 2] * 16  # not what attends to it
     expected = maps.enlarged(from_query, grid=(4, 4), shape=(SIZE, SIZE))
     np.testing.assert_allclose(columns["only, step 7\ntarget encoder"], expected, atol=1e-5)

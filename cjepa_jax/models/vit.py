@@ -103,6 +103,10 @@ def sincos_positions(width: int, grid: Grid) -> Float[np.ndarray, "N width"]:
     return np.concatenate(halves, axis=1).astype(np.float32)
 
 
+# One program, where the operations of `resize` would be many.
+_resize = jax.jit(jax.image.resize, static_argnames=("shape", "method", "antialias", "precision"))
+
+
 def interpolate_positions(table: Float[np.ndarray, "N D"], old: Grid, new: Grid) -> Float[np.ndarray, "M D"]:
     """Interpolates positions of one grid for another one, as I-JEPA does it.
 
@@ -110,14 +114,9 @@ def interpolate_positions(table: Float[np.ndarray, "N D"], old: Grid, new: Grid)
     """
     maps = rearrange(table.astype(np.float64), "(h w) d -> h w d", h=old[0])
     with jax.ensure_compile_time_eval(), jax.enable_x64(True):
-        resized = jax.image.resize(
-            maps,
-            (*new, table.shape[1]),
-            method="cubic-pytorch",
-            antialias=False,
-            precision="highest",
-        )
-        return np.asarray(rearrange(resized, "h w d -> (h w) d"), np.float32)
+        shape = (*new, table.shape[1])
+        resized = _resize(maps, shape=shape, method="cubic-pytorch", antialias=False, precision="highest")
+        return rearrange(np.asarray(resized, np.float32), "h w d -> (h w) d")
 
 
 def patchify(images: Float[Array, "B H W C"], patch_size: int) -> Float[Array, "B N F"]:

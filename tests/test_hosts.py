@@ -21,7 +21,7 @@ from tests.commands import QUICK, Command, run
 
 SMALL = [
     "--config=configs/digits.py",
-    "--config.model.size=64x2x2",
+    "--config.model.size=64x1x2",
     "--config.predictor.width=32",
     "--config.predictor.depth=1",
     "--config.data.batch_size=16",

@@ -178,6 +178,25 @@ def test_the_newest_good_checkpoint_is_used_where_that_is_allowed(workdir, train
     assert pretrained.load(workdir, ("encoder",)).step == 4
 
 
+def test_a_read_that_fails_once_is_no_damage(workdir, trained, monkeypatch):
+    """With fall_back, a good checkpoint would be set aside; a file system on a network fails for a moment like this."""
+    calls, read_json = [], checkpoint.read_json
+
+    def read(path):
+        calls.append(path)
+        if len(calls) == 1:
+            raise UserError(f"{path} is damaged (Stale file handle)")
+        return read_json(path)
+
+    as_saved = workdir / "checkpoints" / "4"
+    manager = checkpoint.Checkpointer(workdir, Checkpoint(fall_back=True), {})
+    monkeypatch.setattr(checkpoint, "read_json", read)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), trained[1])
+    same(manager.restore(abstract), trained[1])
+    manager.close()
+    assert calls[:2] == [as_saved / checkpoint.META] * 2 and steps(workdir) == ["2", "4"]
+
+
 def test_nothing_is_set_aside_where_no_checkpoint_is_good(workdir):
     for step in ("2", "4"):
         (workdir / "checkpoints" / step / "state").rmtree()

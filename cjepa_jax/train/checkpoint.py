@@ -118,7 +118,12 @@ class Checkpointer:
         return None
 
     def _read(self, step: int, abstract_state: PyTree) -> PyTree:
-        """Restores one state. Raises DamagedError on all processes where one of them cannot."""
+        """Restores one state. Raises DamagedError on all processes where one of them cannot, at a second try either."""
+        with contextlib.suppress(DamagedError):  # the network of a shared disk may have failed for a moment
+            return self._read_once(step, abstract_state)
+        return self._read_once(step, abstract_state)
+
+    def _read_once(self, step: int, abstract_state: PyTree) -> PyTree:
         path = self._directory / str(step)
         failure, reason = None, "another process cannot read it"
         try:

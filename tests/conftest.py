@@ -12,6 +12,9 @@ if hasattr(os, "sched_setaffinity") and (worker := os.environ.get("PYTEST_XDIST_
         os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {QUICK}"
+# Threads of XLA. With one for each simulated device, a device that waits in two collectives at once can take the last
+# one, and those that it waits for never begin.
+os.environ["PJRT_NPROC"] = "16"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests, and the commands that they start, mostly compile programs that an earlier one, or the last run, has compiled.

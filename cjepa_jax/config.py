@@ -277,7 +277,7 @@ class Eval:
     source: SourceKind | None = setting(
         None,
         "Images with labels to evaluate on, where they are not those of `data`: the kind of data set. Of this and the "
-        "four settings below, what is None is as in `data`.",
+        "four settings below, what is None is as in `data`; but beside a source, name and data_dir are then empty.",
     )
     name: str | None = setting(None, "Name of a TFDS set.")
     data_dir: str | None = setting(None, "Where the data set lies.")

@@ -26,7 +26,9 @@ Exit codes: 0 finished; 2 a mistake that the user can mend; 1 any other error; 1
 Ctrl-C and SIGTERM.
 """
 
+import hashlib
 import importlib.util
+import json
 import os
 import sys
 from typing import Any
@@ -47,7 +49,7 @@ _ENCODER = flags.DEFINE_string("encoder", None, "target_encoder or encoder.")
 
 
 def _run() -> None:
-    from cjepa_jax import pretrained  # after the flags: importing jax takes seconds
+    from cjepa_jax import checksums, pretrained  # after the flags: importing jax takes seconds
     from cjepa_jax.data import pipeline, sources
     from cjepa_jax.evaluate import embedding
     from cjepa_jax.evaluate.config import Evaluation, resolve
@@ -82,14 +84,15 @@ def _run() -> None:
         **{"checkpoint": str(path), "encoder": encoder, "features": _FEATURES.value, "images": source.fingerprint},
         **{"image_size": height if height == width else [height, width], "crop_fraction": crop_fraction, "shard": size},
     }
+    networks = pretrained.load(path, [encoder])
+    sums = json.dumps(checksums.of_tree(networks.params), sort_keys=True)
+    about |= {"step": networks.step, "parameters": hashlib.sha256(sums.encode()).hexdigest()[:16]}
     files = [output] if single else [output / f"features-{i:05}-of-{len(parts):05}.npz" for i in range(len(parts))]
     if not single:
         embedding.begin_folder(output, about)
     todo = [(file, part) for file, part in zip(files, parts, strict=True) if not file.exists()]
     reader = pipeline.Reader(source, data)
-    embedder = embedding.Embedder(
-        pretrained.load(path, [encoder]), reader, crop_fraction=crop_fraction, patches=_FEATURES.value == "patches"
-    )
+    embedder = embedding.Embedder(networks, reader, crop_fraction=crop_fraction, patches=_FEATURES.value == "patches")
     done = len(source) - sum(len(part) for _, part in todo)
     print(f"{encoder} of {path} on {len(source)} images, {done} of them done before", file=sys.stderr, flush=True)
     for file, part in todo:

@@ -148,8 +148,11 @@ def choose_encoder(path: epath.Path, wanted: str | None) -> str:
     return chosen
 
 
-def save(workdir: epath.Path, pretrained: Pretrained) -> None:
-    """Writes what `load` reads; `workdir` must not exist yet. Needs about 1.3 times the memory of the parameters."""
+def save(workdir: epath.Path, pretrained: Pretrained, *, crop_fraction: float | None = None) -> None:
+    """Writes what `load` reads; `workdir` must not exist yet. Needs about 1.3 times the memory of the parameters.
+
+    crop_fraction: how images are cropped for evaluation, where it is known.
+    """
     parts = {NETWORKS[name][0]: params for name, params in pretrained.params.items()}
     state = _nest(np.asarray(pretrained.step, np.int32), parts)
     folder = absolute(workdir) / "checkpoints" / str(pretrained.step)
@@ -164,6 +167,7 @@ def save(workdir: epath.Path, pretrained: Pretrained) -> None:
             config |= {f"{name}.{key}": value for key, value in vars(settings).items()}
     config |= {"classes": pretrained.classes} if pretrained.classes else {}
     config |= {"epoch": pretrained.epoch} if pretrained.epoch else {}
+    config |= {"eval.crop_fraction": crop_fraction} if crop_fraction else {}
     write_whole(workdir / "config.json", json.dumps(config, indent=1) + "\n")
 
 

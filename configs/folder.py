@@ -6,8 +6,9 @@ Labels are not needed. Where the images lie in one folder a class, --config.eval
 the held-out twentieth every 2000 steps. Where the images are large, `python -m cjepa_jax.data.prepare` stores them
 smaller once, which makes reading several times faster.
 
-Small images: --config.data.image_size=96, 64 or 32. Patches, context and rates follow. Fewer images than 50,000 want
-more epochs. Fewer than 27,000 want a lower --config.ema.start, about 1 - 40 / steps, so that the target keeps up.
+Small images: --config.data.image_size=96, 64 or 32. Patches and context follow; the learning rates follow
+--config.data.batch_size. Fewer images than 50,000 want more epochs. Fewer than 27,000 want a lower
+--config.ema.start, about 1 - 40 / steps, so that the target keeps up.
 Hardware: one GPU, or a laptop with patience, for which --config.model.size=Ti --config.model.init=fan_in is quicker;
 the batch is seen in as many parts as memory asks for. Not yet run on a GPU.
 

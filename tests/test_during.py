@@ -11,8 +11,10 @@ from sklearn.datasets import load_digits
 from cjepa_jax.config import Mesh
 from cjepa_jax.data import pipeline, sources
 from cjepa_jax.errors import UserError
+from cjepa_jax.evaluate import linear_grid
 from cjepa_jax.evaluate.during import DuringTraining, reader_to_learn_from
 from cjepa_jax.evaluate.frozen import labelled
+from cjepa_jax.evaluate.linear import Linear
 from cjepa_jax.evaluate.sets import Labelled
 from cjepa_jax.models.vit import build_encoder
 from cjepa_jax.train import sharding
@@ -93,11 +95,36 @@ def test_unlabelled_images_are_trained_on_and_labelled_ones_judge(make_config, t
             "eval.evaluators: 'logistik' is not known; did you mean 'logistic'",
         ),
         ({"eval__evaluators": ("davis",)}, "eval.evaluators: 'davis' is not known"),
-        ({"eval__evaluators": ("collapse",)}, "collapse.objects = 1000 is more than the 200 training images"),
+        ({"eval__evaluators": ("collapse",), "data__train_split": "train[:1]"}, "collapse compares training images"),
     ],
 )
 def test_what_cannot_be_evaluated_is_said_before_training(make_config, overrides, says):
-    config = make_config(data__train_split="train[:200]", **overrides)
+    config = make_config(**{"data__train_split": "train[:200]"} | overrides)
     train = pipeline.Reader(sources.load(config.data, config.data.train_split), config.data)
     with pytest.raises(UserError, match=says):
         DuringTraining(config, train, sharding.make_mesh(Mesh()))
+
+
+def test_a_head_is_not_judged_where_none_is_trained(make_config, tmp_path):
+    config = make_config(eval__every=2, eval__evaluators=("knn", "accuracy"))
+    with pytest.raises(UserError, match=r"eval\.evaluators: 'accuracy' judges a head, which only fine-tuning trains"):
+        set_up(config, epath.Path(tmp_path / "run"), None)
+
+
+def test_a_linear_probe_learns_for_as_long_from_few_images_of_a_shallow_encoder(make_config, monkeypatch):
+    """As long as min_steps asks for; of the 1,437 images it sees 100."""
+    config = make_config(eval__every=2, eval__evaluators=("linear",), eval__images=100)
+    train = pipeline.Reader(sources.load(config.data, config.data.train_split), config.data)
+    during = DuringTraining(config, train, sharding.make_mesh(Mesh()))
+    encoder = build_encoder(config.model, grid=(4, 4))
+    params = jax.jit(encoder.init)(jax.random.key(0), np.zeros((1, 16, 4), np.float32))["params"]
+    steps = []
+
+    def fit(epochs, members, *, decay_every, classes):
+        steps.append(sum(1 for _ in next(iter(epochs))) * 28 * decay_every // 8)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(linear_grid, "fit", fit)
+    with pytest.raises(KeyboardInterrupt):
+        during.probe({"target_encoder": params, "encoder": params})
+    assert steps[0] >= Linear().min_steps

@@ -256,6 +256,8 @@ def test_the_linear_probe_is_left_as_a_checkpoint_with_its_head(workdir, tmp_pat
     rows = chosen.linear.run(frozen, epath.Path(tmp_path) / "probe")
     left = pretrained.load(epath.Path(tmp_path) / "probe.linear", ("target_encoder", "head"))
     assert left.classes == tuple(frozen.train.source.classes) and left.image_size == 8
+    about = json.loads((tmp_path / "probe.linear" / "config.json").read_text())
+    assert about["eval.crop_fraction"] == frozen.crop_fraction == 1.0
     images, labels = next(pipeline.ordered_batches(frozen.test, size=150, crop_fraction=1.0))
     pooled = reference_features(left.params["target_encoder"], images, frozen.data)[-1]
     right = (pooled @ left.params["head"]["kernel"] + left.params["head"]["bias"]).argmax(axis=1) == labels
@@ -362,7 +364,7 @@ def test_bad_flags_are_one_line(workdir, arguments, message, monkeypatch, capsys
         ("knn", {"knn__neighbours": 301}, "knn.neighbours = 301 is more than the 300 training images"),
         ("knn", {"data__test_split": "test[:4]"}, r"data.test_split = 'test\[:4\]' lacks .* classes"),
         ("knn", {"data__image_size": 9}, "data.image_size = 9 is not divisible by the encoder's patch size, 2"),
-        ("collapse", {"collapse__objects": 301}, "collapse.objects = 301 is more than the 300 training images"),
+        ("collapse", {"data__train_split": "train[:1]"}, "collapse compares training images, and there is only one"),
     ],
 )
 def test_what_a_user_trips_over(workdir, method, overrides, message):

@@ -473,6 +473,14 @@ def test_an_interrupt_says_how_to_go_on(tmp_path, source, monkeypatch, capsys):
     assert capsys.readouterr().err == says and ended == [2]
 
 
+def test_archives_beside_images_are_refused(tmp_path, source):
+    """Either could be what is meant."""
+    (source / "download.tar").touch()
+    message = r"in .*/in/download\.tar and others as files, such as .*\.jpg; move one kind away"
+    with pytest.raises(UserError, match=message):
+        prepare.prepare(str(source), str(tmp_path / "out"))
+
+
 def test_a_name_that_tfds_would_change_is_refused(tmp_path, source):
     fill(source, {"b /0.jpg": encoded(picture(9, 9))})
     with pytest.raises(UserError, match=r"'b '.*rename"):

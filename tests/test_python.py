@@ -152,6 +152,13 @@ def test_a_folder_of_features_goes_on_where_it_was_stopped(run, tmp_path):
     assert [file.read_bytes() for file in files] == contents and files[0].stat().st_mtime_ns == kept
     said = embed(*arguments, "--features=patches", code=2)
     assert said == f"error: --output {out} holds other features: features differ; name another folder\n"
+    about = json.loads((out / "about.json").read_text())
+    (out / "about.json").write_text(json.dumps(about | {"step": 7, "parameters": "others"}))  # an older checkpoint's
+    said = embed(*arguments, code=2)
+    assert said == f"error: --output {out} holds other features: step, parameters differ; name another folder\n"
+    older = {key: value for key, value in about.items() if key not in ("step", "parameters")}
+    (out / "about.json").write_text(json.dumps(older))  # as it was written before it had these
+    assert "25 of them done before" in embed(*arguments)
     assert "holds other files" in embed(*arguments[:2], f"--output={tmp_path / 'in'}", code=2)
 
 

@@ -50,6 +50,10 @@ def test_one_command_judges_a_released_file(tmp_path, monkeypatch, capsys):
 
     run(monkeypatch, *arguments, "--method=knn")  # what was converted is used again
     assert "orbax, which was converted from" in capsys.readouterr().err
+    (tmp_path / "IN1K-vit.pth.tar").touch()  # as if it were written anew
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, *arguments, "--method=knn")
+    assert "IN1K-vit.pth.tar has changed since " in capsys.readouterr().err
 
 
 def test_what_is_no_checkpoint_is_named_by_the_flag(tmp_path, monkeypatch, capsys):

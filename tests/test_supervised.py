@@ -1,9 +1,11 @@
 """Fine-tuning: its step on any mesh, its optimizer, its evaluation, resuming, and what it says of mistakes."""
 
+import contextlib
 import functools
 import json
 import pathlib
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +19,13 @@ from cjepa_jax.batch import Batch
 from cjepa_jax.config import Ema, Model
 from cjepa_jax.data import pipeline, sources
 from cjepa_jax.errors import UserError
+from cjepa_jax.evaluate.accuracy import Accuracy
 from cjepa_jax.methods.supervised import MixedImages, Supervised, SupervisedConfig
 from cjepa_jax.models.vit import build_encoder, normalise
 from cjepa_jax.settings import parse
 from cjepa_jax.train import nonfinite, optimizer, sharding, step
 from cjepa_jax.train.loop import train
+from cjepa_jax.train.setup import set_up
 from cjepa_jax.train.writer import TIMED
 from configs import finetune_digits, finetune_folder, finetune_vitb16
 from tests import commands
@@ -366,6 +370,34 @@ def test_labels_that_do_not_fit(network, tmp_path, train_labels, test_labels, me
     assert not (tmp_path / "run").exists()
 
 
+def test_classes_that_no_image_teaches_are_named(network, tmp_path, capsys):
+    path = npz(tmp_path / "images.npz", np.arange(32) % 2 * 3, np.arange(32) % 4)
+    config = settings(data__source="npz", data__data_dir=path, data__train_split="train")
+    set_up(config, epath.Path(tmp_path / "run"), network)
+    assert (
+        "'train' has no image of 2 of the 4 classes, so that they cannot be learnt: 1, 2\n" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    "classes, says",
+    [(("dog", "fox"), "'test' numbers classes otherwise than the head does, such as dog, fox"), (("cat", "dog"), None)],
+)
+def test_a_head_is_judged_by_its_own_classes(classes, says):
+    """Names that the head does not know, such as those of ImageNet's folders, are taken by their order."""
+    head = {"bias": np.zeros(3)}
+    frozen = types.SimpleNamespace(
+        heads={"trained": head},
+        test=types.SimpleNamespace(source=types.SimpleNamespace(classes=classes)),
+        data=types.SimpleNamespace(test_split="test"),
+        origin=types.SimpleNamespace(networks=types.SimpleNamespace(classes=("cat", "dog", "fox"))),
+    )
+    with pytest.raises(UserError, match=says) if says else contextlib.nullcontext():
+        Accuracy().check(frozen)
+    frozen.test.source.classes = ("n01440764", "n01443537", "n01484850")
+    Accuracy().check(frozen)
+
+
 def test_an_image_without_a_label_stops_the_run():
     source = sources.from_arrays(np.zeros((32, 8, 8), np.uint8))
     with pytest.raises(UserError, match=r"data\.train_split holds images without a label"):
@@ -378,7 +410,7 @@ def test_an_image_without_a_label_stops_the_run():
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        ({"model__encoder": "encoder"}, r"--init .* has no encoder, only target_encoder"),
+        ({"model__encoder": "encoder"}, r"has no encoder, only target_encoder; --config.model.encoder=target_encoder"),
         ({"data__image_size": 9}, r"data\.image_size = 9 is not divisible by the checkpoint's patch size, 2"),
         ({"data__mean": (0.4,)}, r"data\.mean = \(0\.4,\), but --init .* was trained with \(0\.5,\)"),
         ({"data__batch_size": 12}, r"data\.batch_size = 12 is not divisible by the 8 devices"),

@@ -106,7 +106,14 @@ def _list(source: str) -> tuple[folder.Folder, dict[str, str]]:
     """Lists the images of a folder, or of the tar or Parquet files in it; gives each split's fingerprint too."""
     root = os.path.expanduser(source)
     for suffix, scan in ((".tar", tars.scan), (".parquet", parquet.scan)):
-        if os.path.isdir(root) and next(pathlib.Path(root).rglob(f"*{suffix}"), None):
+        archived = next(pathlib.Path(root).rglob(f"*{suffix}"), None) if os.path.isdir(root) else None
+        if archived:
+            files = (path for path in pathlib.Path(root).rglob("*") if path.suffix.lower() in folder.SUFFIXES)
+            loose = next(files, None)
+            require(
+                loose is None,
+                f"--input {root} holds images in {archived} and others as files, such as {loose}; move one kind away",
+            )
             found = scan(root)
             splits: dict[str, list[folder.ImageFile]] = {}
             for name, archive in found.splits.items():

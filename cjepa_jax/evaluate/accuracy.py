@@ -26,13 +26,17 @@ class Accuracy(Evaluator):
     def check(self, frozen: Frozen) -> None:
         """Raises UserError where the network has no head, or one for other classes."""
         require(bool(frozen.heads), "accuracy: the checkpoint has no head; fine-tuning gives it one")
-        classes = len(frozen.test.source.classes)
+        names, split = frozen.test.source.classes, f"data.test_split = {frozen.data.test_split!r}"
         for head in frozen.heads.values():
             known = head["bias"].shape[0]
-            require(
-                classes <= known,
-                f"data.test_split = {frozen.data.test_split!r} has {classes} classes, the head tells {known} apart",
-            )
+            require(len(names) <= known, f"{split} has {len(names)} classes, the head tells {known} apart")
+        numbers = {name: number for number, name in enumerate(frozen.origin.networks.classes if frozen.origin else ())}
+        moved = [name for number, name in enumerate(names) if numbers.get(name, number) != number]
+        require(
+            not moved,
+            f"{split} numbers classes otherwise than the head does, such as {', '.join(moved[:3])}; give it the "
+            "classes that the head was trained on",
+        )
 
     def run(self, frozen: Frozen, stem: epath.Path | None) -> Rows:
         """Gives top 1, the mean cross entropy and, where five are at most half of the classes, top 5."""

@@ -27,6 +27,7 @@ from cjepa_jax.evaluate.frozen import (
 )
 from cjepa_jax.evaluate.knn import Knn
 from cjepa_jax.evaluate.logistic import Logistic
+from cjepa_jax.models.vit import parse_size
 from cjepa_jax.settings import flatten
 from cjepa_jax.train import sharding
 
@@ -62,7 +63,8 @@ class DuringTraining:
         if any(one.needs_labels for one in self._evaluators):
             check_labels(data, train.source, test.source)
         warn_of_same_images(data, train.source, test.source)
-        layers = max((one.deepest for one in self._evaluators), default=1)
+        depth = parse_size(config.model.size).depth
+        layers = min(depth, max((one.deepest for one in self._evaluators), default=1))
         apply = mean_features(config.model, config.data, trained_shape=config.data.image_shape, layers=layers)
         encoders = dict.fromkeys((TRAINED, UNTRAINED, PARAMETERS, AVERAGE), apply) | {PIXELS: pixels}
         self._extractor = Extractor(encoders, mesh, batch_size=config.data.batch_size)

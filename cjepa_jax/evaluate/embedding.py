@@ -79,7 +79,7 @@ def begin_folder(output: epath.Path, about: Mapping[str, Any]) -> None:
         write_whole(file, json.dumps(about, indent=1) + "\n")
         return
     found = read_json(file)
-    other = [key for key in about if found.get(key) != about[key]]
+    other = [key for key in about if found.get(key, about[key]) != about[key]]  # older files have fewer keys
     require(not other, f"--output {output} holds other features: {', '.join(other)} differ; name another folder")
 
 

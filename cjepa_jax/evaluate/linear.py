@@ -73,9 +73,6 @@ class Linear(Evaluator):
         mesh, seed = frozen.mesh, frozen.seed
         scale = self.batch_size / 256
         rates, decays = linear_grid.grid(tuple(scale * rate for rate in self.learning_rates), self.weight_decays)
-        # Small sets have few batches an epoch.
-        n = len(frozen.train.source)
-        longer = max(1, math.ceil(self.min_steps / (self.epochs * max(1, n // self.batch_size))))
         depths = sorted({min(depth, parse_size(frozen.model.size).depth) for depth in self.layers})
         keys = {  # representation -> (encoder, how many layers of it)
             f"{name}, {depth}": (name, depth)
@@ -86,6 +83,10 @@ class Linear(Evaluator):
         sets = {depth: frozen.splits(layers=depth) for depth in depths}
         train = {key: sets[depth][name].train for key, (name, depth) in keys.items()}
         test = {key: sets[depth][name].test for key, (name, depth) in keys.items()}
+        # Images without augmentation are those whose features are there: not all, if `eval.images` is less.
+        n = len(frozen.train.source) if self.augment else len(next(iter(train.values())).labels)
+        # Small sets have few batches an epoch.
+        longer = max(1, math.ceil(self.min_steps / (self.epochs * max(1, n // self.batch_size))))
         epochs = longer * self.epochs
 
         def fit(batches: Iterator[Batches], members: Mapping[str, Any], what: str) -> dict[str, linear_grid.Probe]:
@@ -96,7 +97,7 @@ class Linear(Evaluator):
         def cached(images: Mapping[str, Labelled]) -> Iterator[Batches]:
             return _cached(images, epochs=epochs, batch_size=self.batch_size, seed=seed, mesh=mesh)
 
-        order = np.random.default_rng(seed).permutation(len(frozen.train.source))
+        order = np.random.default_rng(seed).permutation(n)
         held = np.sort(order[: max(1, round(self.holdout * len(order)))])
         everything = {key: (rates, decays) for key in keys}
         if self.augment:
@@ -108,9 +109,7 @@ class Linear(Evaluator):
             batches = _augmented(frozen, rest, keys, epochs=epochs, batch_size=self.batch_size)
             probes = fit(batches, everything, f"a grid of {len(rates)} linear probes")
         else:
-            rows = len(next(iter(train.values())).labels)  # fewer than there are images, where some cannot be read
-            held = held[held < rows]
-            rest = np.setdiff1d(np.arange(rows), held)
+            rest = np.setdiff1d(order, held)
             valid = {key: images.take(held) for key, images in train.items()}
             some = {key: images.take(rest) for key, images in train.items()}
             probes = fit(cached(some), everything, f"a grid of {len(rates)} linear probes")
@@ -199,7 +198,8 @@ def _save_with_head(frozen: Frozen, path: epath.Path, head: dict[str, np.ndarray
         path.rmtree()
     networks, encoder = frozen.origin.networks, frozen.origin.encoder
     params = {encoder: networks.params[encoder], "head": head}
-    pretrained.save(path, networks._replace(params=params, classes=frozen.train.source.classes, predictor=None))
+    networks = networks._replace(params=params, classes=frozen.train.source.classes, predictor=None)
+    pretrained.save(path, networks, crop_fraction=frozen.crop_fraction)
     about = {"method": "linear", "checkpoint": str(frozen.origin.workdir), "step": networks.step, "encoder": encoder}
     report.write(path / "evaluation.json", frozen, {"linear": row}, report.describe(frozen, {}, **about), seconds=0.0)
 

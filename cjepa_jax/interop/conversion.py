@@ -67,6 +67,12 @@ def in_our_format(path: epath.Path) -> epath.Path:
         return path
     ours = path.with_name(f"{path.name}.orbax")
     if ours.exists():
+        files = [path, *(path.iterdir() if path.is_dir() else ())]
+        changed = max(file.stat().mtime for file in files)
+        require(
+            changed <= (ours / "config.json").stat().mtime,
+            f"{path} has changed since {ours} was made from it; remove {ours}, or name it by --checkpoint",
+        )
         print(f"reads {ours}, which was converted from {path} before", file=sys.stderr, flush=True)
     else:
         with saying("--checkpoint", instead_of="--input"):

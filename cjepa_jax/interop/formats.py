@@ -11,7 +11,9 @@ from cjepa_jax.interop import ijepa, timm, transformers
 from cjepa_jax.interop.tensors import ImportOptions, OpenedCheckpoint
 
 WRITERS: dict[str, Callable[..., None]] = {  # (path, networks, run) -> None; the path must not exist yet
-    "orbax": lambda path, networks, run: pretrained.save(epath.Path(path), networks),
+    "orbax": lambda path, networks, run: pretrained.save(
+        epath.Path(path), networks, crop_fraction=run.config.get("eval.crop_fraction")
+    ),
     "ijepa": lambda path, networks, run: ijepa.write(path, networks),
     "timm": lambda path, networks, run: timm.write(path, networks),
     "transformers": transformers.write,

@@ -138,6 +138,10 @@ def set_up(
         f"checkpoint.keep_best = {best!r} is not evaluated during training: "
         + (f"eval.evaluators are {', '.join(evaluators)}" if evaluation else "nothing is; see eval.every, eval.source"),
     )
+    require(
+        kind.needs_labels or "accuracy" not in evaluators,
+        "eval.evaluators: 'accuracy' judges a head, which only fine-tuning trains; leave it out",
+    )
     networks = loaded.params if loaded else {}
     if loaded and networks:
         params, averages = method.start_from(networks)
@@ -189,7 +193,9 @@ def _load_init(init: epath.Path, kind: type[Method], config: Config) -> tuple[pr
             origins = {name: name if name in has else encoder for name in origins}
             origins = {name: of for name, of in origins.items() if name == of or name in pretrained.ENCODERS}
         for name in origins.values():
-            require(name in has, f"--init {init} has no {name}, only {', '.join(has)}")
+            others = [other for other in pretrained.ENCODERS if kind.needs_labels and other in has]
+            remedy = f"; --config.model.encoder={others[0]} takes that one" if others else ""
+            require(name in has, f"--init {init} has no {name}, only {', '.join(has)}{remedy}")
         require(bool(origins) or opened.kind == "orbax", f"--init {init} does not go with model.encoder = 'random'")
         loaded = opened.load(tuple(dict.fromkeys(origins.values())))
     if not origins:
@@ -220,6 +226,14 @@ def doubts(config: Config, source: sources.Source, evaluated: sources.Source) ->
             f"warning: eval.every = {config.eval.every} evaluates nothing, because the training images {what}; "
             "eval.source names other images to evaluate on"
         )
+    if METHODS[config.method].needs_labels and source.label:  # else all images would have to be read for it
+        taught = set(source.labels())
+        untaught = [name for number, name in enumerate(source.classes) if number not in taught]
+        if untaught:
+            notes.append(
+                f"warning: data.train_split = {config.data.train_split!r} has no image of {len(untaught)} of the "
+                f"{len(source.classes)} classes, so that they cannot be learnt: {_some(untaught)}"
+            )
     return notes
 
 

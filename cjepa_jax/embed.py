@@ -70,6 +70,7 @@ def _run() -> None:
     _, saved = pretrained.describe(path)
     encoder = pretrained.choose_encoder(path, _ENCODER.value)
     given = _data_of(_INPUT.value) if _INPUT.value else {}
+    given |= {"data.train_split": _SPLIT.value, "data.test_split": _SPLIT.value}  # which a converted one does not know
     data, crop_fraction = resolve(settings, {**saved, **given})
     source = sources.load(data, _SPLIT.value)
     check_bucket_support(output, "--output")

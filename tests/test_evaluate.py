@@ -375,6 +375,15 @@ def test_what_a_user_trips_over(workdir, method, overrides, message):
         chosen.evaluators[method].run(frozen, None)
 
 
+@pytest.mark.parametrize("source, name", [("digits", ""), ("tfds", "imagenet2012"), (None, "imagenet2012")])
+def test_another_kind_of_images_forgets_where_those_of_the_training_lie(source, name):
+    trained = {"data.source": "tfds", "data.name": "imagenet2012", "data.data_dir": "gs://bucket/tfds"}
+    trained |= {"data.train_split": "train", "data.test_split": "validation", "data.image_size": 8}
+    trained |= {"data.mean": [0.5], "data.std": [0.5]}
+    found, _ = resolve(settings(**{"data__source": source} if source else {}), trained)
+    assert (found.name, found.data_dir) == (name, "gs://bucket/tfds" if name else "")
+
+
 def test_images_without_labels(workdir, tmp_path):
     images = np.random.default_rng(0).integers(0, 255, (30, 8, 8), dtype=np.uint8)
     np.savez(tmp_path / "bare.npz", train_images=images, test_images=images)

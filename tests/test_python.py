@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import sklearn.datasets
+from etils import epath
 from PIL import Image
 
 import cjepa_jax
@@ -160,6 +161,16 @@ def test_a_folder_of_features_goes_on_where_it_was_stopped(run, tmp_path):
     (out / "about.json").write_text(json.dumps(older))  # as it was written before it had these
     assert "25 of them done before" in embed(*arguments)
     assert "holds other files" in embed(*arguments[:2], f"--output={tmp_path / 'in'}", code=2)
+
+
+def test_a_converted_checkpoint_embeds_a_folder(run, tmp_path):
+    """It does not say on which splits it was trained."""
+    pretrained.save(epath.Path(tmp_path / "converted"), pretrained.load(epath.Path(run), ("target_encoder",)))
+    (tmp_path / "in").mkdir()
+    Image.new("L", (16, 16)).save(tmp_path / "in" / "0.png")
+    out = tmp_path / "f.npz"
+    said = embed(f"--checkpoint={tmp_path / 'converted'}", f"--input={tmp_path / 'in'}", f"--output={out}")
+    assert "on 1 images" in said and np.load(out)["features"].shape == (1, 16)
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,14 @@ def test_npz_that_will_not_do_is_named(make_data, tmp_path, arrays, says):
         sources.load(make_data(source="npz", data_dir=str(tmp_path / "x.npz")), "train")
 
 
+@pytest.mark.parametrize("length", [0, 3, 400])
+def test_an_npz_that_was_cut_off_is_named(make_data, npz, length):
+    path, _ = npz
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(UserError, match=r"is no readable \.npz file"):
+        sources.load(make_data(source="npz", data_dir=str(path)), "train")
+
+
 def test_npz_must_be_one(make_data, tmp_path):
     np.save(tmp_path / "a.npy", np.zeros(3))
     (tmp_path / "text.npz").write_text("no")

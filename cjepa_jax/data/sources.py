@@ -130,9 +130,9 @@ def _digits(data: Data, split: str) -> Source:
 def _npz(data: Data, split: str) -> Source:
     path = os.path.expanduser(data.data_dir)
     try:
-        with np.load(path) as file:
-            arrays = dict(file)
-    except (OSError, ValueError, AttributeError, TypeError) as error:  # AttributeError, TypeError: an .npy file
+        with open(path, "rb") as file, np.load(file) as stored:
+            arrays = dict(stored)
+    except Exception as error:  # NumPy raises many kinds for what is damaged or another format
         raise UserError(f"data.data_dir = {data.data_dir!r} is no readable .npz file: {one_line(error)}") from None
     images = {key.removesuffix("_images"): array for key, array in arrays.items() if key.endswith("_images")}
     require(bool(images), f"{path} holds no array named SPLIT_images, only {', '.join(arrays)}")

@@ -96,6 +96,8 @@ def resolve(evaluation: Evaluation, saved: Mapping[str, Any]) -> tuple[config.Da
     """
     data = evaluation.data
     fallback = {"name": "", "data_dir": "", "crop_fraction": 0.875, "decoder": "fast", "image_width": 0}
+    if data.source not in (None, saved.get("data.source")):  # what belongs to another kind says nothing about this one
+        saved = {**saved, "data.name": "", "data.data_dir": ""}
 
     def find(key: str) -> Any:
         value = getattr(data, key)

@@ -26,9 +26,7 @@ Exit codes: 0 finished; 2 a mistake that the user can mend; 1 any other error; 1
 Ctrl-C and SIGTERM.
 """
 
-import hashlib
 import importlib.util
-import json
 import os
 import sys
 from typing import Any
@@ -49,7 +47,7 @@ _ENCODER = flags.DEFINE_string("encoder", None, "target_encoder or encoder.")
 
 
 def _run() -> None:
-    from cjepa_jax import checksums, pretrained  # after the flags: importing jax takes seconds
+    from cjepa_jax import pretrained  # after the flags: importing jax takes seconds
     from cjepa_jax.data import pipeline, sources
     from cjepa_jax.evaluate import embedding
     from cjepa_jax.evaluate.config import Evaluation, resolve
@@ -86,8 +84,7 @@ def _run() -> None:
         **{"image_size": height if height == width else [height, width], "crop_fraction": crop_fraction, "shard": size},
     }
     networks = pretrained.load(path, [encoder])
-    sums = json.dumps(checksums.of_tree(networks.params), sort_keys=True)
-    about |= {"step": networks.step, "parameters": hashlib.sha256(sums.encode()).hexdigest()[:16]}
+    about |= {"step": networks.step, "parameters": pretrained.digest(networks.params)}
     files = [output] if single else [output / f"features-{i:05}-of-{len(parts):05}.npz" for i in range(len(parts))]
     if not single:
         embedding.begin_folder(output, about)

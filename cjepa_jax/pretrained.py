@@ -1,6 +1,7 @@
 """The networks of a checkpoint without the rest of its training: for evaluation, fine-tuning, conversion, new runs."""
 
 import contextlib
+import hashlib
 import json
 import math
 import pathlib
@@ -146,6 +147,14 @@ def choose_encoder(path: epath.Path, wanted: str | None) -> str:
     chosen = wanted or next((name for name in ENCODERS if name in has), ENCODERS[0])
     require(chosen in ENCODERS, f"--encoder {chosen!r} is not known; {nearest(chosen, ENCODERS)}")
     return chosen
+
+
+def digest(params: PyTree) -> str:
+    """Tells these parameters from any others."""
+    found = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        found.update(np.ascontiguousarray(leaf).data)
+    return found.hexdigest()[:16]
 
 
 def save(workdir: epath.Path, pretrained: Pretrained, *, crop_fraction: float | None = None) -> None:

@@ -15,9 +15,10 @@ from cjepa_jax.methods.cjepa import CJEPA
 from cjepa_jax.methods.supervised import Supervised
 from cjepa_jax.settings import parse
 from cjepa_jax.train import microbatch, sharding
-from cjepa_jax.train.step import TrainState, build, init_state
+from cjepa_jax.train.step import build, init_state
 from configs import finetune_digits
 from tests.conftest import small
+from tests.test_devices import initial
 
 BATCH = 32
 CASES = {
@@ -43,10 +44,6 @@ def batch() -> Batch:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (BATCH, 8, 8, 1)).astype(np.uint8)
     return Batch(images, rng.integers(0, 10, BATCH).astype(np.int32))
-
-
-def initial(method) -> TrainState:
-    return jax.jit(functools.partial(init_state, method=method, steps=10))(jax.random.key(0))
 
 
 def gradient(method, microbatches: int, devices: int = 1, data: Batch | None = None, spread: float = 1.0):

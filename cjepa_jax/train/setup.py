@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
 import sys
 from typing import Any
 
@@ -112,7 +111,7 @@ def set_up(
     start: dict[str, Any] = {}
     if kind.needs_labels:
         start = {"classes": list(source.classes)}
-        start |= {"init.step": loaded.step, "init.digest": _digest(loaded.params)} if loaded else {}
+        start |= {"init.step": loaded.step, "init.digest": pretrained.digest(loaded.params)} if loaded else {}
     config, notes, epochs_before = checkpoint.check_workdir(workdir, config, start, extend=extend)
     checkpoint.check_images(workdir, source.fingerprint)
     started_from = str(init) if init else None
@@ -243,14 +242,6 @@ def count_steps(config: Config, *, images: int) -> int:
     require(steps >= 1, f"optim.epochs = {config.optim.epochs} of {images} images are less than one batch")
     require(steps < 2**31, f"optim.epochs = {config.optim.epochs} of {images} images are {steps} steps; lower it")
     return steps
-
-
-def _digest(params: PyTree) -> str:
-    """Tells these parameters from any others."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(params):
-        digest.update(np.ascontiguousarray(leaf).data)
-    return digest.hexdigest()[:16]
 
 
 def _check_labels(data: Data, train: sources.Source, test: sources.Source) -> None:

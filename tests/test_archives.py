@@ -223,6 +223,28 @@ def test_bad_files_are_one_line(name, tmp_path):
     assert str(error.value).startswith("data.data_dir: ") and "\n" not in str(error.value)
 
 
+def write_labels(path, labels, names=()):
+    about = {"info": {"features": {"label": {"_type": "ClassLabel", "names": names}}}} if names else {}
+    table = pa.table({"image": [jpeg(i) for i in range(len(labels))], "label": labels})
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(about)}), path)
+
+
+def test_the_classes_of_parquet_are_those_of_all_splits(tmp_path):
+    """Where no file names them, the largest label of any split counts them."""
+    data = Data(source="parquet", data_dir=str(tmp_path), **MEAN)
+    write_labels(tmp_path / "train.parquet", [0, 3])
+    write_labels(tmp_path / "test.parquet", [1, 0, 2])
+    assert sources.load(data, "train").classes == sources.load(data, "test").classes == ("0", "1", "2", "3")
+    write_labels(tmp_path / "test.parquet", [1, 0], names=["cat", "cow", "dog", "emu"])
+    assert sources.load(data, "train").classes == sources.load(data, "test").classes == ("cat", "cow", "dog", "emu")
+    write_labels(tmp_path / "test.parquet", [1, 0], names=["cat", "cow", "dog"])
+    with pytest.raises(UserError, match="there is a label 3, and the files name 3 classes"):
+        sources.load(data, "train")
+    write_labels(tmp_path / "train.parquet", [0, 1], names=["cat", "dog"])
+    with pytest.raises(UserError, match=r"the splits of .* have different classes"):
+        sources.load(data, "train")
+
+
 def test_a_row_without_an_image_is_unreadable(tmp_path):
     rows = pa.array([{"bytes": jpeg(0), "path": "0.jpg"}, {"bytes": None, "path": "elsewhere.jpg"}])
     pq.write_table(pa.table({"image": rows}), tmp_path / "train.parquet")

@@ -304,6 +304,15 @@ def test_transparency_lies_on_white(decoder, mode, form):
 
 
 @pytest.mark.parametrize("decoder", ["fast", "pillow"])
+def test_the_transparent_grey_of_sixteen_bits_is_white(decoder):
+    """The chunk tRNS of a PNG file names one value that cannot be seen; 8 bits of others can be the same."""
+    deep = np.full((40, 60), 0x3240, np.uint16)
+    deep[:, :30] = 0x3241
+    found = crop(encoded(Image.fromarray(deep), "png", transparency=0x3241), size=20, decoder=decoder)
+    assert (found[:, :9] == 255).all() and (found[:, 11:] == 0x32).all()
+
+
+@pytest.mark.parametrize("decoder", ["fast", "pillow"])
 @pytest.mark.parametrize(
     "mode, form, options",
     [

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pathlib
 import re
 import tomllib
@@ -19,6 +20,7 @@ from cjepa_jax import pretrained
 from cjepa_jax.config import Data
 from cjepa_jax.data import sources
 from cjepa_jax.errors import UserError
+from cjepa_jax.evaluate import embedding
 from cjepa_jax.models.vit import build_encoder
 from cjepa_jax.train import memory
 from tests import commands
@@ -161,6 +163,13 @@ def test_a_folder_of_features_goes_on_where_it_was_stopped(run, tmp_path):
     (out / "about.json").write_text(json.dumps(older))  # as it was written before it had these
     assert "25 of them done before" in embed(*arguments)
     assert "holds other files" in embed(*arguments[:2], f"--output={tmp_path / 'in'}", code=2)
+
+
+def test_parquet_takes_names_that_are_no_text(tmp_path):
+    file = epath.Path(tmp_path / "f.parquet")
+    names = np.array([os.fsdecode(b"caf\xe9.png"), "caf\xe9.png"])
+    embedding.write(file, {"features": np.zeros((2, 3), np.float32), "names": names})
+    assert pyarrow.parquet.read_table(file).to_pydict()["name"] == ["caf\\xe9.png", "caf\xe9.png"]
 
 
 def test_a_converted_checkpoint_embeds_a_folder(run, tmp_path):

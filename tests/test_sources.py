@@ -112,6 +112,12 @@ def test_npz_need_not_have_labels(make_data, npz):
     assert both.classes == () and {record["label"] for record in both.records} == {None}
 
 
+def test_negative_labels_of_arrays_are_unknown():
+    source = sources.from_arrays(np.zeros((3, 4, 4), np.uint8), np.array([1, -100, 0]))
+    assert source.labels() == [record["label"] for record in source.records] == [1, None, 0]
+    assert source.classes == ("0", "1")
+
+
 @pytest.mark.parametrize(
     "arrays, says",
     [

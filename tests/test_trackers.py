@@ -12,20 +12,20 @@ from etils import epath
 from wandb.proto import wandb_internal_pb2
 
 from cjepa_jax.errors import UserError
-from cjepa_jax.train import trackers, writer
+from cjepa_jax.train import loop, trackers, writer
 
 CONFIG = {"data.source": "digits", "optim.epochs": 3.0, **{f"many.{i}": i for i in range(150)}}
 
 
 def train(workdir, names, *, start: int, last: int) -> None:
     """Writes the lines of a run that is killed after step `last`: one a step, and an evaluation every third."""
-    following = trackers.connect(names, workdir, CONFIG)
-    log = writer.Writer(workdir, start=start, steps=9, batch_size=4, images=8, trackers=following)
-    for step in range(start + 1, last + 1):
-        log.write(step, {"loss/total": 1 / step, "rep/std": math.nan if step == 2 else 0.5})
-        if step % 3 == 0:
-            log.write(step, {"eval/knn": step / 10})
-    log.close()
+    with trackers.connect(names, workdir, CONFIG) as following:
+        log = writer.Writer(workdir, start=start, steps=9, batch_size=4, images=8, trackers=following)
+        for step in range(start + 1, last + 1):
+            log.write(step, {"loss/total": 1 / step, "rep/std": math.nan if step == 2 else 0.5})
+            if step % 3 == 0:
+                log.write(step, {"eval/knn": step / 10})
+        log.close()
 
 
 @pytest.fixture
@@ -55,6 +55,18 @@ def test_mlflow_has_every_line_once_after_a_kill(tmp_path, mlflow_here, monkeypa
     (workdir / "trackers.json").write_text(json.dumps({"mlflow": "gone"}))
     with pytest.raises(UserError, match=r"^log.to: mlflow: .*gone.*; without .*/trackers.json it begins a new run"):
         trackers.connect(("mlflow",), workdir, CONFIG)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_run_that_fails_before_its_first_step_is_ended_as_failed(tmp_path, mlflow_here, make_config):
+    def fail(program, steps):
+        raise RuntimeError("no compiler")
+
+    with pytest.raises(RuntimeError, match="no compiler"):
+        loop.train(make_config(log__to=("mlflow",)), epath.Path(tmp_path / "run"), compile_step=fail)
+    client = mlflow_here()
+    (run,) = client.search_runs([client.get_experiment_by_name("cjepa_jax").experiment_id])
+    assert run.info.status == "FAILED"
 
 
 def records(log: bytes):
@@ -120,14 +132,13 @@ def test_one_that_fails_is_named_once_and_the_run_goes_on(tmp_path, capsys):
         def write(self, step, metrics):
             raise ConnectionError("no\nroute")
 
-        def close(self):
+        def close(self, *, failed):
             raise AssertionError("it was left alone")
 
-    log = writer.Writer(
-        epath.Path(tmp_path), start=0, steps=9, batch_size=4, images=8, trackers=trackers.Trackers([Failing()])
-    )
-    log.write(1, {"loss/total": 1.0})
-    log.write(2, {"loss/total": 1.0})
-    log.close()
+    with trackers.Trackers([Failing()]) as following:
+        log = writer.Writer(epath.Path(tmp_path), start=0, steps=9, batch_size=4, images=8, trackers=following)
+        log.write(1, {"loss/total": 1.0})
+        log.write(2, {"loss/total": 1.0})
+        log.close()
     assert capsys.readouterr().err.count("warning: mlflow gets no more lines: no route; metrics.jsonl has all") == 1
     assert len(writer.read(epath.Path(tmp_path))) == 2

@@ -101,11 +101,13 @@ def open_file(picture: bytes) -> Image.Image:
 def open_picture(picture: bytes | np.ndarray, channels: int) -> Image.Image:
     """Returns the whole picture, upright, in greyscale (1 channel) or RGB (3 channels). Raises as `open_file` does."""
     image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else ImageOps.exif_transpose(open_file(picture))
-    if image.has_transparency_data:
+    if image.mode.startswith("I"):  # 16 bits, which convert() would cut off at 255
+        grey = np.asarray(image)
+        unseen = grey == image.info.get("transparency", -1)
+        image = Image.fromarray(np.where(unseen, 255, grey >> 8).clip(0, 255).astype(np.uint8))
+    elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    elif image.mode.startswith("I"):  # 16 bits, which convert() would cut off at 255
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     return image.convert("L" if channels == 1 else "RGB")
 
 

@@ -28,11 +28,14 @@ def scan(root: str) -> Archives:
     features of the file call a ClassLabel, gives the labels. Raises UserError where there are none, or one is damaged.
     """
     splits: dict[str, Archive] = {}
-    classes: tuple[str, ...] = ()
+    named, most = set(), -1
     for split, files in find_files(root, ".parquet").items():
-        splits[split], found = _parquet_split(files, split)
-        require(not classes or not found or classes == found, f"the splits of {root} have different classes")
-        classes = classes or found
+        splits[split], classes, largest = _parquet_split(files, split)
+        named |= {classes} if classes else set()
+        most = max(most, largest)
+    require(len(named) <= 1, f"the splits of {root} have different classes")
+    classes = named.pop() if named else tuple(str(i) for i in range(most + 1))
+    require(most < len(classes), f"{root}: there is a label {most}, and the files name {len(classes)} classes")
     return Archives(splits, classes)
 
 
@@ -41,7 +44,8 @@ def _open(path: epath.Path, metadata: Any = None) -> Any:
     return pyarrow.parquet.ParquetFile(source, metadata=metadata, memory_map=not is_remote(path))
 
 
-def _parquet_split(files: Sequence[epath.Path], split: str) -> tuple[Archive, tuple[str, ...]]:
+def _parquet_split(files: Sequence[epath.Path], split: str) -> tuple[Archive, tuple[str, ...], int]:
+    """Opens a split. Gives the names of its classes, or, where the files do not name them, () and the largest label."""
     metadata, groups, image, label = [], [], "", ""
     classes: tuple[str, ...] = ()
     for number, path in enumerate(files):
@@ -92,12 +96,11 @@ def _parquet_split(files: Sequence[epath.Path], split: str) -> tuple[Archive, tu
         number, group, _ = groups[which]
         return Place(f"{files[number].name}[group {group}, row {row}]", 0, labels[index] if label else None)
 
-    if label and not classes:  # the file does not name them
-        classes = tuple(str(i) for i in range(labels.most + 1))
     content = json.dumps([[meta.num_rows, meta.num_row_groups, meta.serialized_size] for meta in metadata])
     length = int(ends[-1]) if groups else 0
     require(length > 0, f"the .parquet files of the split {split} hold no images")
-    return Archive(length, place, read, f"{length} images {digest(files, content)}"), classes
+    archive = Archive(length, place, read, f"{length} images {digest(files, content)}")
+    return archive, classes, labels.most if label and not classes else -1
 
 
 class _Labels:

@@ -87,7 +87,7 @@ def from_arrays(
 ) -> Source:
     """Makes one split of images [n, H, W] or [n, H, W, 3] uint8 and integer labels [n] or [n, 1], all in memory.
 
-    Raises UserError for other shapes and types.
+    A negative label is an unknown one. Raises UserError for other shapes and types.
     """
     require(
         images.dtype == np.uint8 and (images.ndim == 3 or (images.ndim == 4 and images.shape[-1] == 3)),
@@ -104,7 +104,7 @@ def from_arrays(
         classes = classes or tuple(str(i) for i in range(labels.max(initial=-1) + 1))
 
     def label(index: int) -> int | None:
-        return None if labels is None else int(labels[index])
+        return None if labels is None or labels[index] < 0 else int(labels[index])
 
     def read(index: int) -> Record:
         return {"image": images[index], "label": label(index)}

@@ -5,6 +5,7 @@ Shapes: n images, N patches, D width.
 
 import io
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -93,7 +94,9 @@ def write(file: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
         import pyarrow.parquet
 
         flat = arrays["features"].reshape(len(arrays["names"]), -1)
-        columns: dict[str, Any] = {"name": arrays["names"], "features": list(flat)}
+        # A file's name can hold bytes that are no text, which Parquet does not take: they become such as \xe9.
+        text = [os.fsencode(name).decode(errors="backslashreplace") for name in arrays["names"]]
+        columns: dict[str, Any] = {"name": text, "features": list(flat)}
         if "labels" in arrays:
             names = [*arrays["classes"], None]  # the last is that of -1
             columns |= {"label": arrays["labels"], "class": [names[label] for label in arrays["labels"]]}

@@ -1,9 +1,11 @@
 """Several processes as one run: started where the environment asks for it, and stopped together."""
 
+import contextlib
 import os
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,6 +18,7 @@ from cjepa_jax.tpu import chips
 from cjepa_jax.train import peers
 
 _NOTICE = 60.0  # seconds of a step
+ELSEWHERE = "another process could not go on and says why; all have stopped"
 GO_ON, STOP, FAIL = range(3)  # what a process may ask of all; the largest counts
 
 
@@ -96,6 +99,18 @@ def wait_for(results: PyTree) -> None:
 def any_of_them(mine: bool) -> bool:
     """Tells whether something is true for one of the processes; all of them call this."""
     return mine if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.asarray(mine)).any())
+
+
+@contextlib.contextmanager
+def refused_together() -> Iterator[None]:
+    """Raises UserError in all processes where the block raises it in one of them; all of them enter it."""
+    refused: UserError | None = None
+    try:
+        yield
+    except UserError as error:
+        refused = error
+    if any_of_them(refused is not None):
+        raise refused or UserError(ELSEWHERE)
 
 
 class Consensus:

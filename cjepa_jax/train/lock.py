@@ -60,17 +60,16 @@ class Lock:
 
         Raises UserError in every process where another run has it, and where the processes do not share the workdir.
         """
-        refused: UserError | None = None
-        if jax.process_index() == 0:
-            try:
-                self._file = _Object(self._workdir) if is_remote(self._workdir) else _File(self._workdir)
-                self._acquire()
-            except UserError as error:
-                refused = error
-            except Exception as error:  # the client of gs:// raises many kinds
-                refused = UserError(f"--workdir {self._workdir} cannot be written to ({one_line(error)[:300]})")
-        if not distributed.told_by_first(refused is None):
-            raise refused or UserError("process 0 could not lock the workdir and says why; all have stopped")
+        with distributed.refused_together():
+            if jax.process_index() == 0:
+                try:
+                    self._file = _Object(self._workdir) if is_remote(self._workdir) else _File(self._workdir)
+                    self._acquire()
+                except UserError:
+                    raise
+                except Exception as error:  # the client of gs:// raises many kinds
+                    why = f"--workdir {self._workdir} cannot be written to ({one_line(error)[:300]})"
+                    raise UserError(why) from error
         if jax.process_index() == 0:
             self._thread = threading.Thread(target=self._keep, name="lock", daemon=True)
             self._thread.start()

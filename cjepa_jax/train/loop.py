@@ -27,8 +27,6 @@ from cjepa_jax.train.setup import Training, set_up
 from cjepa_jax.train.step import Program, TrainState
 from cjepa_jax.train.trouble import Trouble
 
-_ELSEWHERE = "another process could not go on and says why; all have stopped"
-
 
 def train(
     config: Config,
@@ -57,28 +55,28 @@ def train(
     taken the workdir over, which only happens to a run that was paused for long.
     """
     with peers.training(workdir), peers.leaving_at_once(unless=_all_raise):
-        run, refused = None, None
-        try:
+        with distributed.refused_together():  # all have checked the workdir before one makes it
             run = set_up(config, workdir, init, source, extend=extend)
-        except UserError as error:
-            refused = error
-        if distributed.any_of_them(run is None) or run is None:  # all have checked the workdir before one makes it
-            raise refused or UserError(_ELSEWHERE)
-        with lock.Lock(workdir) as held, memory.explained(run.config), exact(run.config.model.dtype):
-            return _train(run, workdir, held, profile, compile_step or memory.compile_step, baselines)
+        with (
+            lock.Lock(workdir) as held,
+            _connect(run, workdir) as following,
+            memory.explained(run.config),
+            exact(run.config.model.dtype),
+        ):
+            return _train(run, workdir, held, following, profile, compile_step or memory.compile_step, baselines)
 
 
 def _train(
     run: Training,
     workdir: epath.Path,
     held: lock.Lock,
+    following: trackers.Trackers,
     profile: tuple[int, int] | None,
     compile_step: Callable[[Program, int], jax.stages.Compiled],
     baselines: bool,
 ) -> TrainState:
     """Trains what was checked, in a workdir that nobody else writes to."""
     config, program, steps, reader = run.config, run.program, run.steps, run.reader
-    following = _connect(run, workdir)
     compiled = compile_step(program, steps)
     root = jax.jit(lambda: tuple(jax.random.split(jax.random.key(config.seed))), out_shardings=program.whole)
     rng_init, rng_step = root()
@@ -178,7 +176,7 @@ def _train(
             if saves:
                 asked = max(asked, consensus.result())
                 if asked == distributed.FAIL:
-                    raise failure or UserError(_ELSEWHERE)
+                    raise failure or UserError(distributed.ELSEWHERE)
                 recorder.check(step, step_metrics, saved=True)
                 trouble.observe(jax.device_get(step_metrics))
             if saves or step in probes:  # a run that goes on from a checkpoint finds the metrics up to it
@@ -229,17 +227,10 @@ def _train(
     return state
 
 
-def _connect(run: Training, workdir: epath.Path) -> trackers.Trackers | None:
+def _connect(run: Training, workdir: epath.Path) -> trackers.Trackers:
     """Connects process 0 with the trackers of `log.to`. All processes raise UserError where that fails."""
-    refused = following = None
-    if jax.process_index() == 0:
-        try:
-            following = trackers.connect(run.config.log.to, workdir, run.meta["config"])
-        except UserError as error:
-            refused = error
-    if distributed.any_of_them(refused is not None):
-        raise refused or UserError(_ELSEWHERE)
-    return following
+    with distributed.refused_together():
+        return trackers.connect(run.config.log.to if jax.process_index() == 0 else (), workdir, run.meta["config"])
 
 
 def _all_raise(error: Exception) -> bool:

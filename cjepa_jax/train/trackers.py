@@ -31,8 +31,8 @@ class Tracker(Protocol):
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Sends the metrics of a step, under the names that metrics.jsonl gives them."""
 
-    def close(self) -> None:
-        """Waits until everything has been sent, and ends the run there."""
+    def close(self, *, failed: bool) -> None:
+        """Waits until everything has been sent, and ends the run there, as one that failed or not."""
 
 
 class _WandB:
@@ -58,8 +58,8 @@ class _WandB:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log({"step": step, **metrics})
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, *, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
 
 
 class _MLflow:
@@ -87,8 +87,8 @@ class _MLflow:
         now = int(1000 * time.time())
         self._client.log_batch(self.identity, [self._metric(key, value, now, step) for key, value in metrics.items()])
 
-    def close(self) -> None:
-        self._client.set_terminated(self.identity)
+    def close(self, *, failed: bool) -> None:
+        self._client.set_terminated(self.identity, status="FAILED" if failed else "FINISHED")
 
 
 _KINDS: dict[str, Callable[[epath.Path, Mapping[str, Any], str | None], Tracker]] = {
@@ -126,7 +126,10 @@ def connect(names: Sequence[str], workdir: epath.Path, config: Mapping[str, Any]
 
 
 class Trackers:
-    """Sends lines to several trackers; one that fails is named once and left alone, as the run itself goes on."""
+    """Sends lines to several trackers; one that fails is named once and left alone, as the run itself goes on.
+
+    As a context it ends the run there, which has failed where the block raises an error.
+    """
 
     def __init__(self, trackers: Sequence[Tracker]):
         self._trackers = list(trackers)
@@ -135,9 +138,11 @@ class Trackers:
         """Sends the metrics of a step to each tracker that has not failed."""
         self._each(lambda tracker: tracker.write(step, metrics))
 
-    def close(self) -> None:
-        """Waits until everything has been sent."""
-        self._each(lambda tracker: tracker.close())
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_):
+        self._each(lambda tracker: tracker.close(failed=kind is not None))
 
     def _each(self, do: Callable[[Tracker], None]) -> None:
         for tracker in tuple(self._trackers):

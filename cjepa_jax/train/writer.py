@@ -141,7 +141,7 @@ class Writer:
 
         images: those of an epoch. peak: images per second if the devices did nothing but the method's products, at
         their full rate; None where that is not known. trackers: get each line, too, but for those that a run that was
-        cut off has sent already.
+        cut off has sent already. They stay open when the writer is closed.
         """
         self._batch_size, self._steps, self._peak = batch_size, steps, peak
         self._epochs_per_step = batch_size / images
@@ -279,7 +279,6 @@ class Writer:
             self._bar.close()
             self.upload()
             self._board.close()
-            self._trackers.close()
             if self.failure:
                 raise self.failure
 

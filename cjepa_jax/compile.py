@@ -54,12 +54,7 @@ def _run() -> None:
     require(
         importlib.util.find_spec("libtpu") is not None, 'the TPU compiler is missing: pip install "jax[tpu]==0.10.2"'
     )
-    import jax
-
     from cjepa_jax.tpu import compile as compiling
-
-    if config.model.dtype == "float32":  # as train does
-        jax.config.update("jax_default_matmul_precision", "highest")
 
     file = f"{name}-{topology.replace(':', '-')}{'-layer' if _LAYER.value else ''}.json"
     output = pathlib.Path(_OUTPUT.value or f"runs/compile/{file}")

@@ -30,6 +30,7 @@ from cjepa_jax.config import Config
 from cjepa_jax.errors import require
 from cjepa_jax.methods import METHODS, find_method
 from cjepa_jax.methods.cjepa import CJEPA
+from cjepa_jax.models.vit import exact
 from cjepa_jax.train import optimizer, sharding
 from cjepa_jax.train.step import build
 
@@ -44,8 +45,6 @@ def measure(config: Config, *, rounds: int, against_torch: bool) -> str:
     kind = METHODS[config.method]
     require(not kind.needs_labels, f"method = {config.method!r}: only steps of pre-training are timed")
     require(not against_torch or kind is CJEPA, f"--against=torch knows the method cjepa only, not {config.method!r}")
-    if config.model.dtype == "float32":  # as in training
-        jax.config.update("jax_default_matmul_precision", "highest")
     method = kind(config)
     program = build(method, _STEPS, sharding.make_mesh(config.mesh))
     root = jax.random.key(0)
@@ -68,7 +67,8 @@ def measure(config: Config, *, rounds: int, against_torch: bool) -> str:
         ways["PyTorch"] = TorchStep(method, jax.device_get(state.params), images, masks, learning_rate=rate)
 
     start = time.perf_counter()
-    compiled = program.step.lower(state, batch, root).compile()
+    with exact(config.model.dtype):  # as in training
+        compiled = program.step.lower(state, batch, root).compile()
     compile_seconds = time.perf_counter() - start
 
     def step() -> float:

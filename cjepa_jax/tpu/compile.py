@@ -17,7 +17,7 @@ from cjepa_jax.errors import UserError, one_line, require
 from cjepa_jax.methods import METHODS
 from cjepa_jax.methods.base import Transformer
 from cjepa_jax.models import attention
-from cjepa_jax.models.vit import Block
+from cjepa_jax.models.vit import Block, exact
 from cjepa_jax.tpu import chips, cost, flops
 from cjepa_jax.train import sharding
 from cjepa_jax.train.step import Program, build
@@ -137,7 +137,7 @@ def compile_step(config: Config, topology: str, *, images: int, classes: int) ->
     mesh = make_mesh(config.mesh, topology)
     method = METHODS[config.method](config, classes=classes)
     program = build(method, steps, mesh)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), exact(config.model.dtype):  # as in training
         with _progress("tracing the training step"):
             lowered = lower_step(program)
         compiled, seconds = _compile(lowered, f"compiling it for {topology}")
@@ -160,7 +160,7 @@ def compile_layers(config: Config, topology: str, *, classes: int) -> dict[str, 
     mesh, report = make_mesh(config.mesh, topology), {}
     for name, stack in METHODS[config.method](config, classes=classes).transformers().items():
         sequences = config.data.batch_size * stack.sequences
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh), exact(config.model.dtype):
             lowered = lower_layer(config, mesh, stack, sequences=sequences)
             compiled, seconds = _compile(lowered, f"compiling a {name} layer")
         useful = sequences * flops.block(stack.tokens, stack.width, stack.mlp_ratio) / mesh.size

@@ -166,12 +166,14 @@ def flatten(config: Any) -> dict[str, Any]:
     return flat
 
 
-def adopt(old: Mapping[str, Any], config: T) -> tuple[T, list[str], list[str]]:
+def adopt(
+    old: Mapping[str, Any], config: T, *, free: tuple[str, ...] = FREE_TO_CHANGE
+) -> tuple[T, list[str], list[str]]:
     """Compares the settings of a workdir, as flat as its config.json has them, with those of a command.
 
     Returns the settings to go on with, which are the command's, but for defaults of settings that did not exist when
     the workdir was begun: those stay as the code was then. Also returns a note about each of these, and "key: old ->
-    new" for each difference that a workdir must not have.
+    new" for each difference that a workdir must not have; `free` are beginnings of names that may differ.
     """
     kept, changed, notes = {}, [], []
     flat = flatten(config)
@@ -179,7 +181,7 @@ def adopt(old: Mapping[str, Any], config: T) -> tuple[T, list[str], list[str]]:
         names = [name for name in (key.name, key.formerly) if name and name in old]
         was = old[names[0]] if names else _plain(key.before)
         now = flat[key.name]
-        if was == now or key.name.startswith(FREE_TO_CHANGE):
+        if was == now or key.name.startswith(free):
             continue
         if not names and now == _plain(key.default):
             kept[key.name] = key.before

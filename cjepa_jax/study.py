@@ -49,7 +49,7 @@ def _run() -> None:
     study = design.read(values, epath.Path(command.workdir_of(_WORKDIR.value, name)))
     try:
         if _PLAN.value:
-            print(runs.plan(study), flush=True)
+            print(runs.plan(study, _ARM.value), flush=True)
         else:
             runs.run(study, _ARM.value)
     except lock.LockLostError as error:

@@ -331,9 +331,28 @@ ARM = {"I-JEPA": {}}
         ({"arms": ARM | {"A": {"tune": {"optim.learning_rate": (1e-3,)}}}}, "arm 'A' has 1 trials and arm 'I-JEPA' 2"),
         ({"splits": {"train": "train"}}, "splits must be train, held_out and test"),
         ({"splits": {"train": "train", "held_out": "train[:3]", "test": "test"}}, "of 10 classes the held-out images"),
+        ({"splits": {"train": "train", "held_out": "train", "test": "test[:3]"}}, "of 10 classes the test images"),
+        (
+            {"splits": {"train": "train[:3]", "held_out": "train", "test": "test"}},
+            "the training images, 'train[:3]', lack",
+        ),
+        (
+            {"splits": {"train": "train", "held_out": "train", "test": "tset"}},
+            "arm 'I-JEPA': splits.test: data: split 'tset' cannot be read",
+        ),
+        ({"base": base() | {"eval": {"test_split": "test"}}}, "eval.test_split: a study judges on its own splits"),
+        ({"base": base() | {"log": {"collapse": "stop"}}}, "log.collapse = 'stop' would end the runs that collapse"),
+        ({"arms": {0.01: {}}}, "the name of an arm must be text, got 0.01"),
+        ({"baseline": 0.01}, "baseline = 0.01 is no arm"),
         ({"probes": 100}, "arm 'I-JEPA': probes = 100 are more than its 6 steps"),
         ({"choose_by": "nkn"}, "choose_by = 'nkn' is none of eval.evaluators; did you mean 'knn'"),
+        (
+            {"choose_by": "collapse", "base": base() | {"eval": {"evaluators": ("knn", "collapse")}}},
+            "choose_by = 'collapse' gives no single accuracy; use one of knn",
+        ),
         ({"evaluators": ("x",)}, "evaluators: 'x' is not known"),
+        ({"evaluators": ("knn", "davis")}, "evaluators: 'davis' has images of its own"),
+        ({"evaluators": ("accuracy",)}, "evaluators: accuracy judges a network's own head"),
     ],
 )
 def test_mistakes(tmp_path, changes, says):
@@ -352,6 +371,7 @@ def test_mistakes(tmp_path, changes, says):
             {"arms": {"I-JEPA": {"settings": {"vicreg": {"weight": 0.5}}}, "C": {}}},
             "arm 'C' is new; arm 'C-JEPA' is gone; ",
         ),
+        ({"base": base() | {"eval": base()["eval"] | {"crop_fraction": 0.5}}}, "arm 'C-JEPA', eval.crop_fraction: "),
     ],
 )
 def test_a_workdir_of_another_study_is_refused(tmp_path, changes, says):
@@ -359,6 +379,57 @@ def test_a_workdir_of_another_study_is_refused(tmp_path, changes, says):
     with pytest.raises(UserError, match="holds another study") as error:
         read(tmp_path, **changes)
     assert says in str(error.value)
+
+
+def test_a_study_does_not_mix_images(tmp_path):
+    """A path may change, what lies there may not."""
+    rng, npz = np.random.default_rng(0), tmp_path / "a.npz"
+    labels = {f"{split}_labels": np.arange(200) % 10 for split in ("train", "test")}
+    images = {f"{split}_images": rng.integers(0, 256, (200, 8, 8), np.uint8) for split in ("train", "test")}
+    np.savez(npz, **labels, **images)
+    splits = {"train": "train[:100]", "held_out": "train[100:]", "test": "test"}
+    settings = base()
+    settings["data"] |= {"source": "npz", "data_dir": str(npz)}
+    settings["optim"] |= {"epochs": 1.0}
+    changes = {"base": settings, "splits": splits}
+    (tmp_path / "study.json").write_text(json.dumps(read(tmp_path, **changes).describe()))
+    settings["data"]["data_dir"] = str(npz.rename(tmp_path / "b.npz"))
+    read(tmp_path, **changes)
+    np.savez(tmp_path / "b.npz", **labels, **images | {"test_images": images["train_images"]})
+    design.look_at.cache_clear()
+    with pytest.raises(UserError, match=r"holds another study .*arm 'C-JEPA' has other images"):
+        read(tmp_path, **changes)
+    described = json.loads((tmp_path / "study.json").read_text())
+    for arm in described["arms"].values():
+        del arm["images"]  # as older files are
+    (tmp_path / "study.json").write_text(json.dumps(described))
+    read(tmp_path, **changes)
+
+
+def test_a_study_goes_on_with_the_settings_that_it_was_begun_with(tmp_path, capsys):
+    """A setting that the study's file lacks is newer than the study; all runs have it as the code was before."""
+    described = read(tmp_path).describe()
+    for arm in described["arms"].values():
+        del arm["settings"]["optim.schedule_offset"]
+    (tmp_path / "study.json").write_text(json.dumps(described))
+    study = read(tmp_path)
+    assert "arm 'C-JEPA': optim.schedule_offset = 0, as when this workdir was begun" in capsys.readouterr().err
+    arm = study.arms["C-JEPA"]
+    assert study.trial(arm, 0).config.optim.schedule_offset == study.final(arm, {}, 1).config.optim.schedule_offset == 0
+    assert study.describe()["arms"]["C-JEPA"]["settings"]["optim.schedule_offset"] == 0
+
+
+def test_only_what_has_not_been_judged_is_judged(tmp_path, monkeypatch):
+    """And on the images where they are now, which may not be where the run was trained."""
+    study = read(tmp_path, tune={})
+    arm, judged = study.arms["C-JEPA"], []
+    one = study.final(arm, {}, 0)
+    (one.folder / "evaluation").mkdir(parents=True)
+    (one.folder / "evaluation" / "test.knn.json").write_text("{}")
+    monkeypatch.setattr(runs, "judge", lambda folder, settings, wanted, **_: judged.append((settings.data, wanted)))
+    runs._judge(study, arm, one)
+    ((data, wanted),) = judged
+    assert wanted == ["logistic", "collapse"] and data.data_dir == one.config.data.data_dir
 
 
 def test_what_does_not_fit_the_devices_is_said_before_anything_is_written(tmp_path):
@@ -388,6 +459,10 @@ def test_time_left_is_that_of_the_runs(tmp_path, monkeypatch):
     left = writer.duration((3.5 + 4) * seconds)
     said = runs.plan(study)
     assert f"study: 0 of 8 runs done, about {left} left" in said and "trials 0/2  seeds 0/2" in said
+    half = writer.duration(4 * seconds)
+    assert f"8 runs done, about {half} left for the arms of this process" in runs.plan(study, ["C-JEPA"])
+    with pytest.raises(UserError, match="--arm='X': the study has no such arm"):
+        runs.plan(study, ["X"])
     monkeypatch.setattr(METHODS["cjepa"], "transformers", lambda self: {})  # then by the images
     assert runs.seconds_per_run(study) == pytest.approx({"I-JEPA": seconds, "C-JEPA": seconds})
 
@@ -411,7 +486,7 @@ def test_time_left_is_that_of_the_runs(tmp_path, monkeypatch):
 def test_shipped_studies_are_sound(name, images, tmp_path, monkeypatch):
     """Every arm and trial; the images of CIFAR-10 need not be there."""
     if images:
-        monkeypatch.setattr(design, "look_at", lambda data, split: (images, 10, frozenset(range(10))))
+        monkeypatch.setattr(design, "look_at", lambda data, split: (images, 10, frozenset(range(10)), ""))
     study = design.read(load_config(name), epath.Path(tmp_path / "run"))
     assert study.trials != 1 and len(study.seeds) >= 3 and study.arms[study.baseline].name.count("I-JEPA") == 1
     seen = [arm.images_seen for arm in study.arms.values()]

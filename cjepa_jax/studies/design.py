@@ -12,6 +12,8 @@ A config of a study gives
     choose_by   the evaluator whose accuracy on the held-out images chooses; default: logistic
     probes      evaluations of a run on the held-out images, its end included; default: 10
     evaluators  what judges the finished runs on the test split; default: knn, logistic and collapse
+
+All runs of a study are judged on the images of its splits, in the same way.
 """
 
 import contextlib
@@ -20,6 +22,7 @@ import functools
 import itertools
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
@@ -37,6 +40,11 @@ from cjepa_jax.train.setup import count_steps
 
 _KEYS = {"base", "arms", "seeds", "splits", "baseline", "tune", "choose_by", "probes", "evaluators"}
 _SPLITS = ("train", "held_out", "test")
+_EVALUATED_ON = ("source", "name", "data_dir", "train_split", "test_split")  # keys of eval
+_CHOOSING = ("knn", "logistic", "linear")  # evaluators that give one accuracy
+_OF_THEIR_OWN = ("davis", "segmentation")  # evaluators with images of their own, which a study does not name
+# As in one workdir, but for how runs are judged.
+_FREE = tuple(name for name in settings.FREE_TO_CHANGE if name != "eval.")
 
 
 class Run(NamedTuple):
@@ -57,6 +65,7 @@ class Arm:
     steps: int
     batch_size: int
     images: int  # in the training split
+    fingerprints: tuple[str, ...]  # of the three splits' images
 
     @property
     def images_seen(self) -> int:
@@ -97,20 +106,27 @@ class Study:
     def describe(self) -> dict[str, Any]:
         """Says what makes this study the one that it is, as JSON: two of the same description may share a workdir."""
         arms = {
-            arm.name: {"settings": settings.flatten(_parse(arm.values, arm.name)), "trials": arm.trials}
+            arm.name: {
+                "settings": settings.flatten(_parse(arm.values, arm.name)),
+                "trials": arm.trials,
+                "images": arm.fingerprints,
+            }
             for arm in self.arms.values()
         }
         rest = {name: getattr(self, name) for name in ("seeds", "splits", "baseline", "choose_by", "evaluators")}
         described: dict[str, Any] = json.loads(json.dumps({"arms": arms, **rest, "probes": self.probes}))
         return described
 
-    def check_workdir(self) -> None:
-        """Raises UserError where the workdir holds another study."""
+    def adopted(self) -> "Study":
+        """Gives the study as its workdir has it: a setting that is newer than the workdir stays as the code was then.
+
+        Raises UserError where the workdir holds another study.
+        """
         require("\0" not in str(self.workdir), "--workdir holds a character that no path may hold")
         path = self.workdir / "study.json"
         if not path.exists():
             require(not (self.workdir / "config.json").exists(), f"--workdir {self.workdir} holds a run, and no study")
-            return
+            return self
         old, new = read_json(path), self.describe()
         changed = [
             f"{name}: {old.get(name)} -> {new[name]}" for name in new if name != "arms" and old.get(name) != new[name]
@@ -118,15 +134,24 @@ class Study:
         arms = old.get("arms", {})
         changed += [f"arm {name!r} is new" for name in new["arms"] if name not in arms]
         changed += [f"arm {name!r} is gone" for name in arms if name not in new["arms"]]
+        found = dict(self.arms)
         for name in [name for name in new["arms"] if name in arms]:
-            if arms[name]["trials"] != new["arms"][name]["trials"]:
-                changed.append(f"arm {name!r} tries {new['arms'][name]['trials']} instead of {arms[name]['trials']}")
-            _, _, differences = settings.adopt(arms[name]["settings"], _parse(self.arms[name].values, name))
+            was, now = arms[name], new["arms"][name]
+            if was["trials"] != now["trials"]:
+                changed.append(f"arm {name!r} tries {now['trials']} instead of {was['trials']}")
+            if was.get("images", now["images"]) != now["images"]:  # which older files do not have
+                changed.append(f"arm {name!r} has other images")
+            kept, notes, differences = settings.adopt(was["settings"], _parse(found[name].values, name), free=_FREE)
             changed += [f"arm {name!r}, {difference}" for difference in differences]
+            older = {key: value for key, value in settings.flatten(kept).items() if value != now["settings"][key]}
+            found[name] = dataclasses.replace(found[name], values=with_flat(found[name].values, older))
+            for note in notes:
+                print(f"arm {name!r}: {note}", file=sys.stderr, flush=True)
         require(
             not changed,
             f"--workdir {self.workdir} holds another study ({'; '.join(changed)[:1000]}); use another workdir",
         )
+        return dataclasses.replace(self, arms=found)
 
 
 def read(values: Mapping[str, Any], workdir: epath.Path) -> Study:
@@ -143,15 +168,21 @@ def read(values: Mapping[str, Any], workdir: epath.Path) -> Study:
     require(len(set(seeds)) == len(seeds), f"seeds: one is there twice: {seeds}")
     require(set(splits) == set(_SPLITS), f"splits must be train, held_out and test, got {', '.join(splits)}")
     require(bool(values["arms"]) and isinstance(values["arms"], Mapping), "arms: a study needs at least one arm")
+    for name in values["arms"]:
+        require(isinstance(name, str), f"arms: the name of an arm must be text, got {name!r}")
     given = {name: dict(arm or {}) for name, arm in values["arms"].items()}
     baseline = values.get("baseline", next(iter(given)))
-    require(baseline in given, f"baseline = {baseline!r} is no arm; {nearest(baseline, given)}")
+    require(
+        isinstance(baseline, str) and baseline in given,
+        f"baseline = {baseline!r} is no arm; {nearest(str(baseline), given)}",
+    )
     probes = values.get("probes", 10)
     require(type(probes) is int and probes >= 1, f"probes must be a whole number from 1, got {probes!r}")
     known = Evaluation().evaluators
     evaluators = tuple(values.get("evaluators", ("knn", "logistic", "collapse")))
     for name in evaluators:
         require(name in known, f"evaluators: {name!r} is not known; {nearest(name, known)}")
+        require(name not in _OF_THEIR_OWN, f"evaluators: {name!r} has images of its own, which a study cannot name")
     choose_by = values.get("choose_by", "logistic")
     arms, lengths = {}, {}
     for name, arm in given.items():
@@ -168,9 +199,12 @@ def read(values: Mapping[str, Any], workdir: epath.Path) -> Study:
             length == lengths[first],
             f"arm {name!r} has {length} trials and arm {first!r} {lengths[first]}: give each the same number",
         )
-    study = Study(arms, seeds, splits, baseline, choose_by, probes, evaluators, workdir)
-    study.check_workdir()
-    return study
+    heads = [arm.name for arm in arms.values() if METHODS[_parse(arm.values, arm.name).method].needs_labels]
+    require(
+        "accuracy" not in evaluators or len(heads) == len(arms),
+        "evaluators: accuracy judges a network's own head, which only fine-tuning trains",
+    )
+    return Study(arms, seeds, splits, baseline, choose_by, probes, evaluators, workdir).adopted()
 
 
 def _arm(
@@ -195,14 +229,28 @@ def _arm(
     trials = [dict(zip(tune, choice, strict=True)) for choice in itertools.product(*tune.values())] if tune else []
     config = _parse(values, name)
     with _naming(name):
-        (images, classes, labels), (_, _, found) = (look_at(config.data, splits[one]) for one in ("train", "held_out"))
+        look = {split: _look_at(config.data, splits, split) for split in _SPLITS}
+        images, classes, labels, _ = look["train"]
+        for split, which in (("held_out", "held-out"), ("test", "test")):
+            found = look[split][2]
+            require(
+                len(labels) > 1 and bool(found), "its images have no labels of several classes, by which a study judges"
+            )
+            require(
+                labels <= found,
+                f"splits: of {classes} classes the {which} images, {splits[split]!r}, lack {len(labels - found)}; "
+                "a study needs images of all of them",
+            )
+            require(
+                found <= labels,
+                f"splits: the training images, {splits['train']!r}, lack {len(found - labels)} classes that the "
+                f"{which} images, {splits[split]!r}, have",
+            )
+        own = [key for key in _EVALUATED_ON if getattr(config.eval, key) is not None]
+        require(not own, f"eval.{' and eval.'.join(own)}: a study judges on its own splits; leave this out")
         require(
-            len(labels) > 1 and bool(found), "its images have no labels of several classes, by which a study judges"
-        )
-        require(
-            labels <= found,
-            f"splits: of {classes} classes the held-out images, {splits['held_out']!r}, lack {len(labels - found)}; "
-            "hold out images of all of them",
+            config.log.collapse != "stop",
+            "log.collapse = 'stop' would end the runs that collapse, and a study judges all of them; use 'warn'",
         )
         steps = count_steps(config, images=images)
         require(steps >= probes, f"probes = {probes} are more than its {steps} steps")
@@ -210,21 +258,34 @@ def _arm(
             choose_by in config.eval.evaluators,
             f"choose_by = {choose_by!r} is none of eval.evaluators; {nearest(choose_by, config.eval.evaluators)}",
         )
+        require(
+            not tune or choose_by in _CHOOSING,
+            f"choose_by = {choose_by!r} gives no single accuracy; use one of {', '.join(_CHOOSING)}",
+        )
     # Rounded up, so that the last probe but one is not just before the end.
     values = settings.merged(values, {"eval": {"every": -(-steps // probes)}})
     for trial in trials or [{}]:
         config = _parse(with_flat(values, trial), name)
         with _naming(name):
             METHODS[config.method](config, classes=classes)
-    return Arm(name, values, trials, steps, config.data.batch_size, images)
+    fingerprints = tuple(seen[3] for seen in look.values())
+    return Arm(name, values, trials, steps, config.data.batch_size, images, fingerprints)
+
+
+def _look_at(data: Data, splits: Mapping[str, str], split: str) -> tuple[int, int, frozenset[int], str]:
+    try:
+        return look_at(data, splits[split])
+    except UserError as error:
+        raise UserError(f"splits.{split}: {error}") from None
 
 
 @functools.lru_cache
-def look_at(data: Data, split: str) -> tuple[int, int, frozenset[int]]:
-    """Counts images and classes of a split, and lists the labels that there are."""
+def look_at(data: Data, split: str) -> tuple[int, int, frozenset[int], str]:
+    """Counts images and classes of a split, lists the labels that there are, and gives the images' fingerprint."""
     source = sources.load(data, split)
     labels = source.labels() if source.classes else []
-    return len(source), len(source.classes), frozenset(label for label in labels if label is not None)
+    there = frozenset(label for label in labels if label is not None)
+    return len(source), len(source.classes), there, source.fingerprint
 
 
 def with_flat(values: Mapping[str, Any], flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -172,7 +172,9 @@ def as_markdown(study: Study, collected: Mapping[str, Any]) -> str:
         "",
         f"Every arm had {study.trials} trials of one seed, chosen by {study.choose_by} on the images held out of the "
         f"training split ({study.splits['held_out']}); training saw {study.splits['train']}. No trial is among the "
-        "runs of the tables.",
+        "runs of the tables."
+        if study.trials
+        else f"Nothing was tuned. Training saw {study.splits['train']}; {study.splits['held_out']} was held out.",
     ]
     if seeds < 3:
         text += ["", "Fewer than three seeds: nothing here is more than a hint."]
@@ -184,10 +186,12 @@ def as_markdown(study: Study, collected: Mapping[str, Any]) -> str:
         if not columns:
             text += ["", f"## {title}", "", "Not yet judged." if split == TEST else "No run has finished."]
             continue
+        of_training = any(measure.startswith("collapse/") for measure in columns)
         text += [
             "",
             f"## {title}",
             "",
+            *(["The columns of collapse describe training images.", ""] if of_training else []),
             "| " + " | ".join(["arm", "n", *columns]) + " |",
             "|---" * (len(columns) + 2) + "|",
         ]

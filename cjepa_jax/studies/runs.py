@@ -37,13 +37,11 @@ def run(study: Study, only: Collection[str] = ()) -> bool:
     anything is compiled or written, and what else `cjepa_jax.train.loop.train` raises, but for a run that diverges,
     which is an outcome.
     """
-    for name in only:
-        require(name in study.arms, f"--arm={name!r}: the study has no such arm; {nearest(name, study.arms)}")
+    arms = _selected(study, only)
     _check(study)
     study.workdir.mkdir(exist_ok=True)
     if not (study.workdir / "study.json").exists():
         write_whole(study.workdir / "study.json", json.dumps(study.describe(), indent=1) + "\n")
-    arms = [arm for name, arm in study.arms.items() if name in only or not only]
     done = _train_arms(study, arms, tables=not only)
     if done:
         for arm in arms:
@@ -54,7 +52,7 @@ def run(study: Study, only: Collection[str] = ()) -> bool:
     if not done:
         print("the study has stopped; the same command goes on from there", file=sys.stderr, flush=True)
         return False
-    _say(study, progress(study))
+    _say(study, progress(study, arms))
     if not only:
         print(f"finished; the tables and figures are in {study.workdir}", file=sys.stderr, flush=True)
     return True
@@ -65,15 +63,22 @@ def _train_arms(study: Study, arms: Collection[Arm], *, tables: bool) -> bool:
     shared = memory.SharedSteps()
     for arm in arms:
         for number in range(len(arm.trials)):
-            if not _train(study, arm, study.trial(arm, number), shared):
+            if not _train(study, arms, arm, study.trial(arm, number), shared):
                 return False
     for arm in arms:
         for one in results.finals(study, arm).values():
-            if not _train(study, arm, one, shared):
+            if not _train(study, arms, arm, one, shared):
                 return False
         if tables:
             results.write(study)
     return True
+
+
+def _selected(study: Study, only: Collection[str]) -> list[Arm]:
+    """Lists the arms of these names, all where there is no name. Raises UserError for a name of none."""
+    for name in only:
+        require(name in study.arms, f"--arm={name!r}: the study has no such arm; {nearest(name, study.arms)}")
+    return [arm for name, arm in study.arms.items() if name in only or not only]
 
 
 def _check(study: Study) -> None:
@@ -82,12 +87,12 @@ def _check(study: Study) -> None:
         setup.set_up(_runs(study, arm)[0].config, study.workdir, None)
 
 
-def _train(study: Study, arm: Arm, one: Run, compile_step: memory.SharedSteps) -> bool:
-    """Trains one run to its end, or on from where it stands; tells whether it got there."""
+def _train(study: Study, arms: Collection[Arm], arm: Arm, one: Run, compile_step: memory.SharedSteps) -> bool:
+    """Trains one run of `arms` to its end, or on from where it stands; tells whether it got there."""
     if results.finished(one):
         return True
     signals.Stop.newest = None
-    _say(study, progress(study, (arm, one)))
+    _say(study, progress(study, arms, (arm, one)))
     one.folder.parent.mkdir(parents=True, exist_ok=True)
     # The tables have the baselines once for each seed; on raw pixels a probe can take as long as the training.
     baselines = arm.name == study.baseline and one.config.seed in study.seeds
@@ -102,15 +107,23 @@ def _train(study: Study, arm: Arm, one: Run, compile_step: memory.SharedSteps) -
 
 def _judge(study: Study, arm: Arm, one: Run) -> None:
     """Judges the last checkpoint of a run on the test split, where that has not been done."""
-    if results.diverged(one) or all(path.exists() for path in results.test_files(study, one)):
+    files = zip(study.evaluators, results.test_files(study, one), strict=True)
+    wanted = [name for name, path in files if not path.exists()]
+    if results.diverged(one) or not wanted:
         return
+    data = one.config.data
     evaluation = Evaluation(
         seed=one.config.seed,
-        data=Images(test_split=study.splits["test"], batch_size=arm.batch_size, threads=one.config.data.threads),
+        data=Images(
+            data_dir=data.data_dir,  # which may have moved since the run was trained
+            test_split=study.splits["test"],
+            batch_size=arm.batch_size,
+            threads=data.threads,
+        ),
         knn=Knn(neighbours=min(one.config.eval.neighbours, arm.images)),
         collapse=Collapse(objects=min(Collapse().objects, arm.images)),
     )
-    judge(one.folder, evaluation, study.evaluators, baselines=arm.name == study.baseline, name=results.TEST)
+    judge(one.folder, evaluation, wanted, baselines=arm.name == study.baseline, name=results.TEST)
 
 
 def _say(study: Study, text: str) -> None:
@@ -172,8 +185,8 @@ def _left(study: Study, arm: Arm) -> float:
     return left
 
 
-def progress(study: Study, now: tuple[Arm, Run] | None = None) -> str:
-    """Says of each arm which of its runs are done, which one is `now`, and how long the rest takes."""
+def progress(study: Study, arms: Collection[Arm], now: tuple[Arm, Run] | None = None) -> str:
+    """Says of each arm which of its runs are done, which one is `now`, and how long the rest of `arms` takes."""
     seconds = seconds_per_run(study)
     width, text, done, count = max(map(len, study.arms)), [], 0, 0
     for name, arm in study.arms.items():
@@ -184,8 +197,9 @@ def progress(study: Study, now: tuple[Arm, Run] | None = None) -> str:
         if seconds:
             line += f"  about {writer.duration(seconds[name])} a run"
         text.append(line + (f"  <- {now[1].folder.name} of {now[1].steps} steps" if now and now[0] is arm else ""))
-    left = sum(seconds[name] * _left(study, arm) for name, arm in study.arms.items()) if seconds else None
+    left = sum(seconds[arm.name] * _left(study, arm) for arm in arms) if seconds else None
     rest = "how long is left is known after the first run" if left is None else f"about {writer.duration(left)} left"
+    rest += " for the arms of this process" if len(arms) < len(study.arms) else ""
     judged = all(
         path.exists() or results.diverged(one)
         for arm in study.arms.values()
@@ -196,25 +210,29 @@ def progress(study: Study, now: tuple[Arm, Run] | None = None) -> str:
     return "\n".join([f"study: {done} of {count} runs done, {rest}", *text])
 
 
-def plan(study: Study) -> str:
-    """Says what will run and how long it will take; in a new workdir by taking a few steps of each arm."""
+def plan(study: Study, only: Collection[str] = ()) -> str:
+    """Says what will run and how long it will take; in a new workdir by taking a few steps of each arm.
+
+    `only` names the arms that are meant, as for `run`.
+    """
+    arms = _selected(study, only)
     _check(study)
+    tuned = f"of each {study.trials} trials, chosen by {study.choose_by} on {study.splits['held_out']}, then"
     text = [
-        f"{len(study.arms)} arms; of each {study.trials} trials, chosen by {study.choose_by} on "
-        f"{study.splits['held_out']}, then {len(study.seeds)} seeds; {study.probes} probes a run; at the end "
-        f"{', '.join(study.evaluators)} on {study.splits['test']}, once"
+        f"{len(arms)} arms; {tuned if study.trials else 'nothing is tuned; of each'} {len(study.seeds)} seeds; "
+        f"{study.probes} probes a run; at the end {', '.join(study.evaluators)} on {study.splits['test']}, once"
     ]
     if seconds_per_run(study):
-        return "\n".join([*text, progress(study)])
-    total, width = 0.0, max(map(len, study.arms))
-    for name, arm in study.arms.items():
+        return "\n".join([*text, progress(study, arms)])
+    total, width = 0.0, max(len(arm.name) for arm in arms)
+    for arm in arms:
         compiling, step, probe = _measure(study, arm)
         count = len(arm.trials) + len(study.seeds)
         seconds = count * (arm.steps * step + study.probes * probe) + (len(arm.trials) + 1) * compiling
         total += seconds
         text.append(
-            f"  {name:{width}}  {count} runs of {arm.steps} steps, {arm.images_seen:,} images: {1000 * step:.3g} ms a "
-            f"step, {probe:.2g} s a probe, {compiling:.2g} s to compile; {writer.duration(seconds)} in all"
+            f"  {arm.name:{width}}  {count} runs of {arm.steps} steps, {arm.images_seen:,} images: {1000 * step:.3g} "
+            f"ms a step, {probe:.2g} s a probe, {compiling:.2g} s to compile; {writer.duration(seconds)} in all"
         )
     text.append(
         f"about {writer.duration(total)} in all, by {_TIMED_STEPS} steps of each arm on {jax.device_count()} x "

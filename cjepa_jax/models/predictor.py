@@ -37,7 +37,7 @@ class PredictorConfig:
     """The narrow ViT that predicts hidden blocks; it has the encoder's number of heads."""
 
     width: int = setting(384, "Width of the predictor.", within="[4, 16384]")
-    depth: int = setting(6, "Number of its blocks; I-JEPA has 6 for S and B, 12 for L and H.", within="[1, 256]")
+    depth: int = setting(6, "Number of its blocks; I-JEPA: 6 for S and B, 12 for L and H, 16 for g.", within="[1, 256]")
 
 
 class Predictor(nn.Module):

@@ -125,7 +125,7 @@ def table(study: Study) -> dict[str, Any]:
         for split, by_arm in found.items():
             others = _by_measure(by_arm[study.baseline])
             arms[name][split] = {
-                measure: {"values": of_seeds, **summary(list(of_seeds.values()))}
+                measure: _row(of_seeds)
                 | ({"difference": paired(of_seeds, others.get(measure, {}))} if name != study.baseline else {})
                 for measure, of_seeds in _by_measure(by_arm[name]).items()
             }
@@ -136,11 +136,13 @@ def table(study: Study) -> dict[str, Any]:
                 seed: held_out(run, encoder) if split == HELD_OUT else tested(study, run, encoder)
                 for seed, run in runs[study.baseline].items()
             }
-            by_measure = _by_measure(read).items()
-            references.setdefault(encoder, {})[split] = {
-                measure: {"values": of_seeds, **summary(list(of_seeds.values()))} for measure, of_seeds in by_measure
-            }
+            rows = {measure: _row(of_seeds) for measure, of_seeds in _by_measure(read).items()}
+            references.setdefault(encoder, {})[split] = rows
     return {"study": study.describe(), "arms": arms, "references": references}
+
+
+def _row(of_seeds: Values) -> dict[str, Any]:
+    return {"values": of_seeds, **summary(list(of_seeds.values()))}
 
 
 def _by_measure(found: Mapping[int, Mapping[str, float]]) -> dict[str, Values]:

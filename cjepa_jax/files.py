@@ -30,6 +30,13 @@ def is_remote(path: epath.Path) -> bool:
     return "://" in str(path)
 
 
+def forget_listings(path: epath.Path) -> None:
+    """Lets the client of an object store look anew: gcsfs remembers what it saw, not what others wrote since."""
+    backend: Any = getattr(path, "_backend", None)  # epath has no other way to it
+    if is_remote(path) and hasattr(backend, "fs"):
+        backend.fs(path).invalidate_cache()
+
+
 def absolute(path: epath.Path) -> epath.Path:
     """Returns the path as Orbax wants it; `resolve` would take gs:// for a folder on this machine."""
     return path if is_remote(path) else path.resolve()

@@ -60,8 +60,11 @@ def _run() -> None:
     from cjepa_jax.train import distributed, lock, loop, nonfinite
 
     steps = re.fullmatch(r"(\d+):(\d+)", _PROFILE.value or "0:0")
-    require(bool(steps), f"--profile={_PROFILE.value} must be START:STOP, two step numbers")
     profile = (int(steps[1]), int(steps[2])) if _PROFILE.value and steps else None
+    require(
+        bool(steps) and (profile is None or profile[0] < profile[1]),
+        f"--profile={_PROFILE.value} must be START:STOP, two step numbers, the first below the second",
+    )
     name, config = command.read_config(lambda values: find_method(values).settings)
     distributed.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _TIMEOUT.value)
     workdir = command.workdir_of(_WORKDIR.value, name)

@@ -155,6 +155,14 @@ def test_too_small_a_context_is_drawn_again(make_mask):
     assert fullest.min() > once.min() and fullest.mean() > once.mean() + 1.5
 
 
+@pytest.mark.parametrize("recipe", ["released", "corrected"])
+def test_a_share_that_is_a_whole_number_of_patches_is_drawn_as_it_is_counted(make_mask, recipe):
+    """100 * .57 is 56.99... in float64 and 57 in float32, in which blocks are drawn."""
+    mask = make_mask(recipe, (10, 10), target_scale=(0.57, 0.57), min_keep=1)
+    sizes = bounds(draw(mask, (10, 10)), (10, 10))[1]
+    assert sizes.prod(axis=-1).max() == target_tokens(mask, (10, 10)) == draw(mask, (10, 10)).target_idx.shape[-1]
+
+
 # Statistics of the recipes
 
 

@@ -7,6 +7,7 @@ import re
 import fsspec
 import pytest
 from etils import epath
+from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 from orbax.checkpoint._src.path import gcs_utils
 
@@ -108,6 +109,42 @@ def test_a_checkpoint_that_was_never_completed_is_none():
             (folder / str(step) / "commit_success.txt").write_text("")
     (RUN / "config.json").write_text("{}")
     assert orbax.saved_steps(RUN) == [50]
+
+
+class Remembering(Bucket):
+    """Lists a folder once, as gcsfs does: later it knows of its own writes only."""
+
+    seen: dict = {}
+
+    def ls(self, path, detail=True, **_):
+        found = self.seen.setdefault(path, super().ls(path, detail=True))
+        return found if detail else [one["name"] for one in found]
+
+    def invalidate_cache(self, path=None):
+        self.seen.clear()
+
+
+@pytest.mark.usefixtures("bucket")
+def test_checkpoints_of_other_processes_are_seen(monkeypatch):
+    fsspec.register_implementation("gcs", Remembering, clobber=True)
+    monkeypatch.setattr(backend.fsspec_backend, "_get_filesystem", lambda name: Remembering())
+    for step in (50, 100):
+        for name in (f"{step}/_CHECKPOINT_METADATA", f"{step}/commit_success.txt"):
+            Bucket().pipe_file(f"{RUN}/checkpoints/{name}", b"{}")  # by another client
+        assert max(orbax.saved_steps(RUN)) == step
+
+
+@pytest.mark.usefixtures("bucket")
+@pytest.mark.parametrize("remote", [True, False])
+def test_nothing_is_written_into_the_workdir_of_another_run(tmp_path, remote):
+    workdir, ours = RUN if remote else epath.Path(tmp_path), True
+    log = writer.Writer(workdir, start=0, steps=9, batch_size=2, images=8, is_ours=lambda: ours)
+    log.write(1, {"loss/total": 1.0})
+    log.upload()
+    ours = False
+    log.write(2, {"loss/total": 1.0})
+    log.close()
+    assert [line["step"] for line in writer.read(workdir)] == [1]
 
 
 def test_paths_of_object_stores_stay_what_they_are(tmp_path, monkeypatch):

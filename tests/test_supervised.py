@@ -23,6 +23,7 @@ from cjepa_jax.evaluate.accuracy import Accuracy
 from cjepa_jax.methods.supervised import MixedImages, Supervised, SupervisedConfig
 from cjepa_jax.models.vit import build_encoder, normalise
 from cjepa_jax.settings import parse
+from cjepa_jax.tpu import flops
 from cjepa_jax.train import nonfinite, optimizer, sharding, step
 from cjepa_jax.train.loop import train
 from cjepa_jax.train.setup import set_up
@@ -404,6 +405,11 @@ def test_an_image_without_a_label_stops_the_run():
         pipeline.check_labelled(next(pipeline.train_batches(pipeline.Reader(source, settings().data), seed=0)))
 
 
+def test_a_frozen_encoder_has_no_backward_pass_to_count():
+    whole, frozen = (method_of(optim__frozen=names).transformers()["encoder"] for names in ((), ("encoder",)))
+    assert flops.step([whole]) == 3 * flops.step([frozen]) == 3 * flops.forward(frozen)
+
+
 # Mistakes
 
 
@@ -417,6 +423,7 @@ def test_an_image_without_a_label_stops_the_run():
         ({"augment__mixup": -1.0}, r"augment\.mixup must be in \[0, 100\]"),
         ({"augment__magnitude": 11.0}, r"augment\.magnitude must be in \[0, 10\]"),
         ({"augment__erase": 1.5}, r"augment\.erase must be in \[0, 1\]"),
+        ({"checkpoint__keep_best": "ema_top1", "ema__start": 0.0, "ema__end": 0.0}, r"there is no moving average"),
         ({"optim__layer_decay": 0.0}, r"optim\.layer_decay must be in \(0, 1\]"),
         ({"model__drop_path": 1.0}, r"model\.drop_path must be in \[0, 1\)"),
         ({"optim__epochs": 0.01, "optim__warmup_epochs": 0.0}, r"are less than one batch"),

@@ -19,7 +19,7 @@ CONFIG = {"data.source": "digits", "optim.epochs": 3.0, **{f"many.{i}": i for i 
 
 def train(workdir, names, *, start: int, last: int) -> None:
     """Writes the lines of a run that is killed after step `last`: one a step, and an evaluation every third."""
-    with trackers.connect(names, workdir, CONFIG) as following:
+    with trackers.connect(names, workdir, CONFIG, goes_on=start > 0) as following:
         log = writer.Writer(workdir, start=start, steps=9, batch_size=4, images=8, trackers=following)
         for step in range(start + 1, last + 1):
             log.write(step, {"loss/total": 1 / step, "rep/std": math.nan if step == 2 else 0.5})
@@ -54,7 +54,20 @@ def test_mlflow_has_every_line_once_after_a_kill(tmp_path, mlflow_here, monkeypa
 
     (workdir / "trackers.json").write_text(json.dumps({"mlflow": "gone"}))
     with pytest.raises(UserError, match=r"^log.to: mlflow: .*gone.*; without .*/trackers.json it begins a new run"):
-        trackers.connect(("mlflow",), workdir, CONFIG)
+        trackers.connect(("mlflow",), workdir, CONFIG, goes_on=True)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_run_that_begins_anew_has_a_record_of_its_own(tmp_path, mlflow_here):
+    """The one before it left no checkpoint, and may have had other settings."""
+    workdir = epath.Path(tmp_path / "digits")
+    workdir.mkdir()
+    train(workdir, ("mlflow",), start=0, last=7)
+    train(workdir, ("mlflow",), start=0, last=4)
+    client = mlflow_here()
+    runs = client.search_runs([client.get_experiment_by_name("cjepa_jax").experiment_id], order_by=["start_time"])
+    found = [[line.step for line in client.get_metric_history(run.info.run_id, "loss/total")] for run in runs]
+    assert sorted(found) == [[1, 2, 3, 4], [1, 2, 3, 4, 5, 6, 7]]
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -118,7 +131,7 @@ def test_a_tracker_that_cannot_be_reached_is_said_before_training(tmp_path, monk
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(wandb, "init", lambda **_: (_ for _ in ()).throw(wandb.errors.UsageError("No API\nkey")))
     with pytest.raises(UserError, match=r"^log.to: wandb: No API key$"):
-        trackers.connect(("wandb",), epath.Path(tmp_path), CONFIG)
+        trackers.connect(("wandb",), epath.Path(tmp_path), CONFIG, goes_on=False)
     assert not (tmp_path / "trackers.json").exists()
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"^log.to: mlflow is not installed: pip install mlflow or mlflow-skinny, or"):

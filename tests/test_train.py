@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pathlib
 import shutil
 import signal
@@ -19,6 +20,7 @@ from PIL import Image
 
 from cjepa_jax import settings
 from cjepa_jax.errors import UserError
+from cjepa_jax.evaluate.during import DuringTraining
 from cjepa_jax.settings import flatten
 from cjepa_jax.train import checkpoint, loop, nonfinite
 from cjepa_jax.train.writer import TIMED
@@ -92,6 +94,32 @@ def test_ten_steps_equal_five_and_a_new_process_and_five(finished, tmp_path):
     assert any(
         (np.asarray(a) != np.asarray(b)).any() for a, b in zip(*map(jax.tree.leaves, (five, straight)), strict=True)
     )
+
+
+def test_a_signal_does_not_end_a_run_that_writes_its_last_checkpoint(make_config, tmp_path, monkeypatch):
+    close, ended = checkpoint.Checkpointer.close, []
+
+    def signalled(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        close(self)
+
+    monkeypatch.setattr(checkpoint.Checkpointer, "close", signalled)
+    before = signal.signal(signal.SIGTERM, lambda *_: ended.append(True))  # what it would do if nobody listened
+    try:
+        loop.train(make_config(optim__epochs=2 * 16 / 1437, optim__warmup_epochs=0.0), epath.Path(tmp_path / "run"))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not ended and int(saved_state(tmp_path / "run", 2)["step"]) == 2
+
+
+def test_a_trace_holds_nothing_of_the_evaluation(make_config, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: seen.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: seen.append("stop"))
+    monkeypatch.setattr(DuringTraining, "report", lambda *_, **__: seen.append("report") or {})
+    short = make_config(optim__epochs=4 * 16 / 1437, optim__warmup_epochs=0.0, eval__every=1000)
+    loop.train(short, epath.Path(tmp_path / "run"), profile=(2, 100))
+    assert seen == ["start", "stop", "report"]
 
 
 def test_sigterm_saves_and_leaves_and_the_same_command_goes_on(tmp_path):
@@ -172,6 +200,7 @@ def test_bad_settings_are_one_line_before_compilation(case, make_config, tmp_pat
         (["--config.mask=x"], "--config.mask is a group of settings; name one of them"),
         (["--config.method=cjpea"], "method = 'cjpea' is not known; did you mean 'cjepa'?"),
         (["--profile=3"], "--profile=3 must be START:STOP, two step numbers"),
+        (["--profile=15:10"], "--profile=15:10 must be START:STOP, two step numbers, the first below the second"),
         (["--config.data.batch_size=many"], "flag --config.data.batch_size=many: invalid literal for int()"),
         (["--confg=x"], "Unknown command line flag 'confg'. Did you mean: config ?"),
         (["--config.zzz=1"], "--config has no such setting: zzz"),

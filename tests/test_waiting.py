@@ -12,6 +12,8 @@ from etils import epath
 from PIL import Image
 
 from cjepa_jax.data import folder, pipeline, sources, waiting
+from cjepa_jax.data.decode import UnreadableError
+from cjepa_jax.errors import UserError
 from cjepa_jax.train import loop
 from tests.commands import Command
 from tests.test_signals import end, start
@@ -106,6 +108,22 @@ def test_an_image_that_does_not_come_in_time_ends_the_run_saved(make_config, tmp
     (step,) = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.is_dir()]
     assert step == lines(tmp_path / "run")[-1]["step"] and step >= 6  # what was read ahead is not lost
     assert int(saved_state(tmp_path / "run", step)["step"]) == step
+
+
+def test_images_that_cannot_be_read_end_the_run_saved(make_config, tmp_path, monkeypatch):
+    config = make_config(log__every=1, checkpoint__every=1000, data__max_bad_fraction=1.0)
+    count, read = itertools.count(), sources.Source.read
+
+    def breaks(source, index):
+        if next(count) >= 10 * config.data.batch_size:
+            raise UnreadableError("the disk is gone")
+        return read(source, index)
+
+    monkeypatch.setattr(sources.Source, "read", breaks)
+    with pytest.raises(UserError, match="100 images in a row cannot be read"):
+        loop.train(config, epath.Path(tmp_path / "run"))
+    (step,) = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.is_dir()]
+    assert step == lines(tmp_path / "run")[-1]["step"] and step >= 6
 
 
 def test_an_evaluation_gives_up_an_image_that_does_not_come(make_config, digits_that_hang):

@@ -240,4 +240,5 @@ class Supervised(EncoderMethod):
         """Lists the encoder, the only stack of blocks."""
         size, tokens = parse_size(self.config.model.size), math.prod(self.config.grid)
         other = 2 * self.patch_values * size.width * tokens + 2 * size.width * self.classes
-        return {"encoder": Transformer(1, tokens, *size, False, True, other)}
+        trained = "encoder" not in self.config.optim.frozen
+        return {"encoder": Transformer(1, tokens, *size, False, trained, other)}

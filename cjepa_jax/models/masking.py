@@ -39,7 +39,12 @@ class Mask:
         "Share of the patches in the context block, which is shaped like the image.",
         within="(0, 1]",
     )
-    min_keep: int = setting(10, "The fewest context patches that an image may be left with.", within="[1, 65536]")
+    min_keep: int = setting(
+        10,
+        "The fewest context patches that an image may be left with; where none of eight draws leaves so many, the one "
+        "that leaves most is taken.",
+        within="[1, 65536]",
+    )
     context_tokens: int = setting(
         56,
         "Static length of the context; 0: what an image is left with on average, rounded up to a multiple of 8.",
@@ -112,10 +117,10 @@ def target_tokens(mask: Mask, grid: Grid) -> int:
         min(_longest_sides(mask, grid)) >= 2,
         f"a grid of {name} patches is too small for masking: use smaller model.patch_size",
     )
-    r = np.linspace(0, 1, 100_001)
+    r = np.linspace(0, 1, 100_001, dtype=np.float32)  # as they are drawn: a product that is whole may be rounded down
     scale = _between(mask.target_scale, r)
     if mask.recipe == "corrected":  # every aspect ratio with the fewest and the most patches: sides grow with them
-        scale = (np.floor(patches * np.array(mask.target_scale))[:, None] + 0.5) / patches
+        scale = (np.floor(patches * np.array(mask.target_scale, np.float32))[:, None] + np.float32(0.5)) / patches
     height, width = _rectangle(mask, grid, scale, _between(mask.target_aspect, r), np)
     require(
         min(height.min(), width.min()) >= 1,

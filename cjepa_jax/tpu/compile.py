@@ -13,13 +13,14 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from cjepa_jax.config import Config, Mesh
-from cjepa_jax.errors import UserError, one_line, require
+from cjepa_jax.errors import UserError, one_line, out_of_memory
 from cjepa_jax.methods import METHODS
 from cjepa_jax.methods.base import Transformer
 from cjepa_jax.models import attention
 from cjepa_jax.models.vit import Block, exact
 from cjepa_jax.tpu import chips, cost, flops
 from cjepa_jax.train import sharding
+from cjepa_jax.train.setup import count_steps
 from cjepa_jax.train.step import Program, build
 
 
@@ -75,7 +76,7 @@ def _compile(lowered: jax.stages.Lowered, label: str) -> tuple[jax.stages.Compil
         with _progress(label):
             compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not out_of_memory(error):
             raise
         raise UserError(does_not_fit(str(error))) from None
     return compiled, time.perf_counter() - start
@@ -98,8 +99,8 @@ def does_not_fit(message: str) -> str:
         amount = f"a chip needs {need:.2f} GiB of HBM and has {have:.2f}: {need - have:.2f} GiB too much"
     return (
         f"does not fit: {amount}. "
-        "Against activations: a smaller data.batch_size, more chips in --topology, model.remat=dots or full. "
-        "Against parameters and optimizer: mesh.parameters=zero1 or fsdp"
+        "Against activations: optim.microbatches above 1, model.remat=dots or full, more chips in --topology, or a "
+        "smaller data.batch_size. Against parameters and optimizer: mesh.parameters=zero1 or fsdp"
     )
 
 
@@ -132,8 +133,7 @@ def compile_step(config: Config, topology: str, *, images: int, classes: int) ->
     Raises UserError for what does not fit or exist.
     """
     chip, shape = chips.find_slice(topology)
-    steps = round(config.optim.epochs * images / config.data.batch_size)
-    require(steps >= 1, f"--images={images}: optim.epochs = {config.optim.epochs} of them are less than one batch")
+    steps = count_steps(config, images=images)
     mesh = make_mesh(config.mesh, topology)
     method = METHODS[config.method](config, classes=classes)
     program = build(method, steps, mesh)

@@ -135,6 +135,11 @@ class Lock:
             )
         return content, version
 
+    def is_ours(self) -> bool:
+        """Tells whether the workdir is still this run's, as far as can be told; looks at the lock."""
+        self.look()
+        return self.failure is None
+
     def check(self) -> None:
         """Raises LockLostError if another run has taken the lock over."""
         self.look()
@@ -307,6 +312,6 @@ def _is_alive(owner: dict[str, Any]) -> bool:
         os.kill(owner["process"], 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # it is someone else's
-        return True
+    except PermissionError:  # it is someone else's, whose number the owner may have had before
+        return start_time(owner["process"]) in (None, owner.get("started"))
     return start_time(owner["process"]) == owner.get("started")

@@ -14,7 +14,7 @@ from cjepa_jax.config import Config
 from cjepa_jax.data import pipeline, sources, waiting
 from cjepa_jax.errors import StorageError, UserError
 from cjepa_jax.evaluate import report
-from cjepa_jax.files import forgiving
+from cjepa_jax.files import forget_listings, forgiving
 from cjepa_jax.methods.base import Method, Metrics
 from cjepa_jax.models.vit import exact
 from cjepa_jax.tpu import chips, flops
@@ -49,9 +49,10 @@ def train(
     untrained encoder and raw pixels as well.
 
     Raises UserError for settings that do not fit the data, the devices or the workdir, before anything is compiled or
-    written, where another run trains in the workdir, and where images or a checkpoint cannot be read; DivergedError
+    written, where another run trains in the workdir, and where images or a checkpoint cannot be read; a single process
+    saves the state before it leaves because of images. Raises DivergedError
     when the loss is not finite, whereupon the checkpoints are those from before; StalledError where an image is not
-    read in time, after the state has been saved (by a single process); LockLostError when another run has
+    read in time; LockLostError when another run has
     taken the workdir over, which only happens to a run that was paused for long.
     """
     with peers.training(workdir), peers.leaving_at_once(unless=_all_raise):
@@ -81,6 +82,7 @@ def _train(
     root = jax.jit(lambda: tuple(jax.random.split(jax.random.key(config.seed))), out_shardings=program.whole)
     rng_init, rng_step = root()
 
+    forget_listings(workdir)  # the owner before may have saved since they were made
     checkpoints = checkpoint.Checkpointer(workdir, config.checkpoint, run.meta)
     restored = checkpoints.restore(program.state)
     state = run.init(rng_init) if restored is None else restored
@@ -102,6 +104,7 @@ def _train(
         images=len(reader.source),
         peak=peak_rate(run.method),
         trackers=following,
+        is_ours=held.is_ours,
     )
     checkpoint.write_config(workdir, run.meta["config"])  # after metrics.jsonl, by which its steps are judged
     if jax.process_index() == 0:
@@ -118,7 +121,7 @@ def _train(
     observe = jax.jit(diagnose)
     curves = Curves(workdir, run.method)
     step, asked, skipped = start, distributed.GO_ON, 0
-    stalled: waiting.StalledError | None = None  # an image does not come, and the run leaves without it
+    failed: waiting.StalledError | UserError | None = None  # images do not come, or cannot be read; the run saves
     running: PyTree = ()  # the metrics of the step that the devices work on
     pending = None  # metrics are fetched one step late, so that the devices never wait for the host
 
@@ -133,10 +136,10 @@ def _train(
     probes = range(config.eval.every, steps, config.eval.every) if run.evaluation else ()
     with (
         _naming_what_is_left(checkpoints),
+        signals.Stop() as stop,  # outside of what waits for the last checkpoint
         contextlib.closing(checkpoints),
         contextlib.closing(log),
         Feed(batches, program.batch, check, config.data.read_timeout) as feed,
-        signals.Stop() as stop,
         waiting.until(lambda: stop.requested),
         _Profiler(workdir, profile) as profiler,
         peers.leaving_at_once(unless=_all_raise),  # innermost, as to close the checkpoints is to wait for the others
@@ -145,12 +148,12 @@ def _train(
         if start in probes and not distributed.told_by_first(log.has_evaluation(start)):  # the run ended meanwhile
             probe()
         while step < steps and asked == distributed.GO_ON:
-            profiler.tick(step)
+            profiler.tick(step, running)
             with jax.transfer_guard("disallow"):  # nothing moves between host and devices unless it is asked for
                 try:
                     batch = feed.take(running)
-                except waiting.StalledError as error:
-                    stalled = error
+                except (waiting.StalledError, UserError) as error:
+                    failed = error
                     break
                 state, step_metrics, observed = compiled(state, batch, rng_step)
                 stop.listen()  # until the first step is compiled, there is nothing to save
@@ -188,8 +191,8 @@ def _train(
             if step in probes:
                 try:
                     probe()
-                except waiting.StalledError as error:
-                    stalled = error
+                except (waiting.StalledError, UserError) as error:
+                    failed = error
                     break
             if (saves or step in probes) and curves.is_due():
                 log.pause()
@@ -197,16 +200,17 @@ def _train(
             for name, reason in list(reader.unreadable.items())[skipped:]:
                 log.note(f"skipped {name}: {reason}")
                 skipped += 1
+        profiler.end(running)
         _flush(log, recorder, alarm, trouble, pending)
         held.check()
-        if stalled:
+        if failed:
             if step > start and jax.process_count() == 1:  # several would have to save together
                 recorder.check(step, running, saved=True)
                 trouble.observe(jax.device_get(running))
                 checkpoints.save(step, state, calm=not trouble.found)
             if not stop.requested or jax.process_count() > 1:
-                raise stalled
-            log.note(str(stalled))
+                raise failed
+            log.note(str(failed))
         owes = run.evaluation is not None and step == steps
         owes = owes and not distributed.told_by_first(log.has_evaluation(step) and report.is_of(workdir, step))
         if run.evaluation and owes and asked == distributed.GO_ON:
@@ -230,7 +234,8 @@ def _train(
 def _connect(run: Training, workdir: epath.Path) -> trackers.Trackers:
     """Connects process 0 with the trackers of `log.to`. All processes raise UserError where that fails."""
     with distributed.refused_together():
-        return trackers.connect(run.config.log.to if jax.process_index() == 0 else (), workdir, run.meta["config"])
+        names = run.config.log.to if jax.process_index() == 0 else ()
+        return trackers.connect(names, workdir, run.meta["config"], goes_on=run.goes_on)
 
 
 def _all_raise(error: Exception) -> bool:
@@ -269,18 +274,23 @@ class _Profiler:
     def __enter__(self):
         return self
 
-    def tick(self, step: int) -> None:
-        """Starts or ends the trace before a step."""
+    def tick(self, step: int, running: PyTree) -> None:
+        """Starts or ends the trace before a step; `running` are results of the one before."""
         if self._steps and not self._running and self._steps[0] <= step < self._steps[1]:
             jax.profiler.start_trace(str(self._folder))
             self._running = True
-        elif self._steps and self._running and step >= self._steps[1]:
-            self.__exit__()
+        elif self._steps and step >= self._steps[1]:
+            self.end(running)
 
-    def __exit__(self, *_):
+    def end(self, running: PyTree = ()) -> None:
+        """Ends the trace, if there is one, when the step is over that gives `running`."""
         if self._running:
+            jax.block_until_ready(running)
             jax.profiler.stop_trace()
             self._running = False
+
+    def __exit__(self, *_):
+        self.end()
 
 
 @contextlib.contextmanager

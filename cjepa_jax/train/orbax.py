@@ -12,7 +12,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from cjepa_jax.files import is_remote
+from cjepa_jax.files import forget_listings, is_remote
 
 
 def saved_steps(workdir: epath.Path) -> list[int]:
@@ -21,6 +21,7 @@ def saved_steps(workdir: epath.Path) -> list[int]:
     On gs:// an incomplete one has its final name, too, while it is written, or when the run was killed meanwhile.
     """
     folder = workdir / "checkpoints"
+    forget_listings(folder)
     found = [path for path in folder.iterdir() if re.fullmatch("[0-9]{1,18}", path.name)] if folder.is_dir() else []
     complete = ocp.step.is_checkpoint_finalized
     return [int(path.name) for path in found if not is_remote(path) or complete(path)]

@@ -37,6 +37,7 @@ class Training:
     meta: dict[str, Any]  # the flat config, and the fingerprint of the images
     networks: dict[str, Any]  # what a new run starts from instead of random parameters
     origin: str = ""  # a sentence about what of a new run comes from the checkpoint of --init, and what is fresh
+    goes_on: bool = False  # from a checkpoint that is in the workdir
     epochs_before: float | None = None  # the length that the run had before it was made longer
 
     def init(self, rng: jax.Array) -> step.TrainState:
@@ -106,6 +107,10 @@ def set_up(
     loaded, origin = _load_init(init, kind, config) if init and kind.needs_labels else (None, "")
     config = kind.resolve(config, str(init), loaded)
     data = config.data
+    require(
+        config.checkpoint.keep_best != "ema_top1" or not config.ema.off,
+        "checkpoint.keep_best = 'ema_top1': there is no moving average, as ema.start = ema.end = 0; use top1",
+    )
     steps = count_steps(config, images=len(source))
     method = kind(config, classes=len(source.classes))
     start: dict[str, Any] = {}
@@ -115,8 +120,9 @@ def set_up(
     config, notes, epochs_before = checkpoint.check_workdir(workdir, config, start, extend=extend)
     checkpoint.check_images(workdir, source.fingerprint)
     started_from = str(init) if init else None
+    goes_on = bool(orbax.saved_steps(workdir))
     if not kind.needs_labels:
-        if orbax.saved_steps(workdir):  # of which the run goes on, and needs nothing more of `init`
+        if goes_on:  # and needs nothing more of `init`
             started_from = read_json(workdir / "config.json").get("init.path")
         elif init:
             loaded, origin = _load_init(init, kind, config)
@@ -168,6 +174,7 @@ def set_up(
         },
         networks=networks,
         origin=origin,
+        goes_on=goes_on,
         epochs_before=epochs_before,
     )
 

@@ -106,13 +106,14 @@ def check(names: Sequence[str]) -> None:
         )
 
 
-def connect(names: Sequence[str], workdir: epath.Path, config: Mapping[str, Any]) -> "Trackers":
+def connect(names: Sequence[str], workdir: epath.Path, config: Mapping[str, Any], *, goes_on: bool) -> "Trackers":
     """Begins a run in each tracker, or goes on with the one that WORKDIR/trackers.json knows; `config` is flat.
 
-    Raises UserError where a tracker cannot be reached.
+    goes_on: whether the run has a checkpoint. Without one it begins anew, perhaps with other settings, and so do its
+    records. Raises UserError where a tracker cannot be reached.
     """
     path = workdir / "trackers.json"
-    known = read_json(path) if names and path.exists() else {}
+    known = read_json(path) if names and goes_on and path.exists() else {}
     trackers = []
     for name in names:
         try:

@@ -2,10 +2,12 @@
 
 import datetime
 import json
+import logging
 import math
 import os
 import sys
 import time
+from collections.abc import Callable
 
 import jax
 from etils import epath
@@ -23,6 +25,7 @@ from tensorboardX.record_writer import register_writer_factory
 
 if _hidden:
     del sys.modules["torch"]
+logging.getLogger("tensorboardX.x2num").setLevel("ERROR")  # it would say of each NaN that it is one
 
 _SHOWN = {  # metric -> its name and form on the screen, where the first come first
     "loss/total": ("loss", ".4g"),
@@ -136,14 +139,16 @@ class Writer:
         images: int,
         peak: float | None = None,
         trackers: Trackers | None = None,
+        is_ours: Callable[[], bool] = lambda: True,
     ):
         """Lines of steps after `start`, left by a run that was cut off, will come again and are dropped.
 
         images: those of an epoch. peak: images per second if the devices did nothing but the method's products, at
         their full rate; None where that is not known. trackers: get each line, too, but for those that a run that was
-        cut off has sent already. They stay open when the writer is closed.
+        cut off has sent already. They stay open when the writer is closed. is_ours: tells whether the workdir is still
+        this run's; into one that is another's nothing is written.
         """
-        self._batch_size, self._steps, self._peak = batch_size, steps, peak
+        self._batch_size, self._steps, self._peak, self._is_ours = batch_size, steps, peak, is_ours
         self._epochs_per_step = batch_size / images
         self._clock: float | None = None
         self._step = start
@@ -156,7 +161,8 @@ class Writer:
         self._path = workdir / "metrics.jsonl"
         lines = read(workdir)
         self._trackers = trackers or Trackers(())
-        self._sent = {(line["step"], _is_evaluation(line)) for line in lines}
+        # A run that begins anew has new records there.
+        self._sent = {(line["step"], _is_evaluation(line)) for line in lines} if start else set()
         kept = [line for line in lines if line["step"] <= start]
         self._evaluated = {line["step"] for line in kept if _is_evaluation(line)}
         text = "".join(json.dumps(line) + "\n" for line in kept)
@@ -223,6 +229,8 @@ class Writer:
             self._object.write(line.encode())
             if time.monotonic() - self._uploaded > UPLOAD_SECONDS:
                 self.upload()
+        elif not self._is_ours():
+            return
         else:
             try:
                 with storing(self._path, len(line)), self._path.open("a") as file:
@@ -256,7 +264,7 @@ class Writer:
 
     def upload(self) -> None:
         """Brings metrics.jsonl up to date, where it is an object in a store; a file on a disk always is."""
-        if self._active and self._object:
+        if self._active and self._object and self._is_ours():
             self._object.flush()
             self._uploaded = time.monotonic()
 

@@ -16,6 +16,7 @@ from cjepa_jax.command import load_config
 from cjepa_jax.data import sources
 from cjepa_jax.errors import nearest, require
 from cjepa_jax.evaluate.features import patch_features
+from cjepa_jax.interop.conversion import in_our_format
 from cjepa_jax.methods import find_method
 from cjepa_jax.train import loop
 from cjepa_jax.train.step import TrainState
@@ -55,11 +56,12 @@ def train(
 def load(checkpoint: PathLike, encoder: str | None = None) -> "FrozenEncoder":
     """Loads an encoder onto JAX's default device.
 
-    checkpoint: a workdir (its newest checkpoint), WORKDIR/checkpoints/STEP, or what `cjepa_jax.convert` wrote.
+    checkpoint: a workdir (its newest checkpoint), WORKDIR/checkpoints/STEP, or a file or folder of PyTorch, which is
+    converted into the folder PATH.orbax.
     encoder: "target_encoder" or "encoder", by default the first of them that the checkpoint has. Raises UserError.
     """
     logging.set_verbosity("error")  # Orbax' chatter, as in the commands
-    path = epath.Path(checkpoint)
+    path = in_our_format(epath.Path(checkpoint))
     has = [name for name in pretrained.ENCODERS if name in pretrained.available(path, flag="checkpoint")]
     require(bool(has), f"checkpoint {path} has no encoder")
     require(encoder is None or encoder in has, f"checkpoint {path} has no {encoder}; {nearest(str(encoder), has)}")

@@ -12,10 +12,10 @@
                           a fine-tuned network has encoder, which is the default there, and ema_encoder, its average
 --force                   replaces an output that exists
 
-These flags say what an input may leave open:
+These flags say what an input may leave open, or say wrongly:
 
 --num-heads=N             attention heads; by default the size table's for the width (Ti 3, S 6, B 12, L, H and g 16)
---mean=X,X,X --std=X,X,X  of the images' values in [0, 1]; by default ImageNet's
+--mean=X,X,X --std=X,X,X  of the images' values in [0, 1]; by default what the input says, or ImageNet's
 
 Nothing is written unless all names and shapes are right.
 

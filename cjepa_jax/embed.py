@@ -12,7 +12,7 @@
 --output=FILE             FILE.npz; FILE.parquet, which needs pyarrow; or a folder, for
                           large sets: files of --shard images each, and the same command
                           goes on where it was stopped
---shard=65536             images a file of a folder
+--shard=N                 images a file of a folder; default: 65536, or those of 262144 patches
 --features=mean           the mean over an image's patches [n, D], or patches: [n, N, D]
 --encoder=target_encoder  or encoder: the context encoder, or that of a fine-tuned network
 --config.data.KEY=VALUE   overrides how images are read: image_size, image_width,
@@ -27,6 +27,7 @@ Ctrl-C and SIGTERM.
 """
 
 import importlib.util
+import math
 import os
 import sys
 from typing import Any
@@ -41,7 +42,7 @@ _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Whose encoder.")
 _INPUT = flags.DEFINE_string("input", None, "The images; default: those of the checkpoint's config.")
 _SPLIT = flags.DEFINE_string("split", "train", "Which of them.")
 _OUTPUT = flags.DEFINE_string("output", None, "FILE.npz, FILE.parquet, or a folder.")
-_SHARD = flags.DEFINE_integer("shard", 65536, "Images a file of a folder.", lower_bound=1)
+_SHARD = flags.DEFINE_integer("shard", None, "Images a file of a folder.", lower_bound=1)
 _FEATURES = flags.DEFINE_enum("features", "mean", ["mean", "patches"], "Of the image, or of each patch.")
 _ENCODER = flags.DEFINE_string("encoder", None, "target_encoder or encoder.")
 
@@ -76,14 +77,20 @@ def _run() -> None:
     require(not (single and output.exists()), f"--output {output} exists already; remove it or name another one")
     require(single or not output.exists() or output.is_dir(), f"--output {output} is no folder")
     check_writable(output, "--output")
-    size = len(source) if single else _SHARD.value
+    networks = pretrained.load(path, [encoder])
+    patches = math.prod(side // networks.model.patch_size for side in data.image_shape)
+    shard = _SHARD.value or (65536 if _FEATURES.value == "mean" else max(1, 262144 // max(1, patches)))
+    size = len(source) if single else shard
     parts = [range(start, min(start + size, len(source))) for start in range(0, len(source), size)]
     height, width = data.image_shape
     about = {
         **{"checkpoint": str(path), "encoder": encoder, "features": _FEATURES.value, "images": source.fingerprint},
-        **{"image_size": height if height == width else [height, width], "crop_fraction": crop_fraction, "shard": size},
+        **{
+            "image_size": height if height == width else [height, width],
+            "crop_fraction": crop_fraction,
+            "shard": shard,
+        },
     }
-    networks = pretrained.load(path, [encoder])
     about |= {"step": networks.step, "parameters": pretrained.digest(networks.params)}
     files = [output] if single else [output / f"features-{i:05}-of-{len(parts):05}.npz" for i in range(len(parts))]
     if not single:

@@ -175,7 +175,8 @@ def side_by_side(
             span = f"{picture.min():.2g} to {picture.max():.2g}" if is_map else ""
             if is_map and under is not None:
                 axes.imshow(under[i].mean(axis=-1), cmap="gray", vmin=0, vmax=255)
-            drawn = axes.imshow(picture, **(scale if is_map else {"cmap": "gray"} if picture.shape[-1] == 1 else {}))
+            grey = {"cmap": "gray", "vmin": 0, "vmax": 255 if picture.dtype == np.uint8 else 1}
+            drawn = axes.imshow(picture, **(scale if is_map else grey if picture.shape[-1] == 1 else {}))
             axes.set_axis_off()
             axes.set_title("\n".join(filter(None, (name if i == 0 else "", span))))
             coloured = drawn if is_map else coloured

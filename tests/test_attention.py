@@ -45,6 +45,16 @@ def test_maps_are_enlarged_as_pytorch_does(grid, shape):
     np.testing.assert_allclose(attention.enlarged(jnp.asarray(maps), grid=grid, shape=shape), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("init, stds", [("normal", (0.02, 0.02)), ("fan_in", (0.02 * 2**0.5, 0.02 / 2**0.5))])
+def test_kernels_start_with_their_published_spread(init, stds):
+    """0.02, or 0.02 * sqrt(768 / fan_in), of a width of 384 and an MLP of 1,536."""
+    model = Model(size="384x1x6", patch_size=2, init=init, dtype="float32", layers="unrolled", remat="none")
+    encoder = build_encoder(model, grid=(4, 4))
+    block = jax.jit(encoder.init)(jax.random.key(0), jnp.zeros((1, 16, 4)))["params"]["block00"]
+    found = [float(jnp.std(block[name]["kernel"])) for name in ("fc1", "fc2")]
+    assert found == pytest.approx(stds, rel=0.01)
+
+
 def test_an_encoder_of_one_layer():
     """Nothing before the last layer but the patches and their positions, which differ: so does the attention."""
     model = Model(size="16x1x2", patch_size=2, init="normal", dtype="float32", layers="unrolled", remat="none")

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -16,11 +17,12 @@ import torch
 from etils import epath
 from PIL import Image
 
+import cjepa_jax
 from cjepa_jax import pretrained
 from cjepa_jax.config import Model
 from cjepa_jax.errors import UserError
 from cjepa_jax.interop import card, formats
-from cjepa_jax.interop.conversion import convert
+from cjepa_jax.interop.conversion import convert, in_our_format
 from cjepa_jax.interop.tensors import ImportOptions
 from cjepa_jax.models.masking import Masks
 from cjepa_jax.models.predictor import PredictorConfig, build_predictor
@@ -368,6 +370,66 @@ def test_heads_sizes_and_images_of_an_import(tmp_path):
         to(tmp_path / "ours.safetensors", tmp_path / "x", "orbax", num_heads=4)
 
 
+def test_sizes_are_those_of_timm():
+    """Heads above all, which the tensors of a released checkpoint do not tell."""
+    import timm
+
+    names = {"Ti": "tiny_patch16", "S": "small_patch16", "B": "base_patch16", "L": "large_patch16", "H": "huge_patch14"}
+    for name, theirs in (names | {"g": "giant_patch14"}).items():
+        with torch.device("meta"):
+            model = timm.create_model(f"vit_{theirs}_224")
+        block, size = model.blocks[0], parse_size(name)
+        hidden = round(size.width * size.mlp_ratio)
+        found = model.embed_dim, len(model.blocks), block.attn.num_heads, block.mlp.fc1.out_features
+        assert found == (size.width, size.depth, size.heads, hidden)
+
+
+def test_timm_prepares_images_as_the_printed_line_says(odd, tmp_path):
+    """For the line that the command prints: the network and its preprocessing are those of the checkpoint."""
+    import timm
+
+    said = to(odd / "ours", tmp_path / "x.safetensors", "timm").splitlines()[-1]
+    model = eval(said, {"timm": timm})
+    prepared = timm.data.resolve_model_data_config(model)
+    networks = pretrained.load(epath.Path(odd / "ours"), ("target_encoder",))
+    assert (prepared["mean"], prepared["std"]) == (networks.mean, networks.std)
+    assert prepared["input_size"] == (3, *networks.image_shape) and prepared["interpolation"] == "bilinear"
+    assert prepared["crop_pct"] == 0.875
+
+
+def test_a_workdir_that_holds_an_exported_file_stays_one(odd, tmp_path):
+    shutil.copytree(odd / "ours", tmp_path / "run")
+    to(tmp_path / "run", tmp_path / "run" / "encoder.safetensors", "timm")
+    assert in_our_format(epath.Path(tmp_path / "run")) == epath.Path(tmp_path / "run")
+
+
+def test_flags_mend_the_mean_that_transformers_fills_in(odd, tmp_path, capsys):
+    shutil.copytree(odd / "folder", tmp_path / "folder")
+    file = tmp_path / "folder" / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
+    to(tmp_path / "folder", tmp_path / "a", "orbax")
+    assert "mean and std of 0.5, which is what transformers fills in" in capsys.readouterr().err
+    assert pretrained.load(epath.Path(tmp_path / "a"), ("target_encoder",)).mean == (0.5, 0.5, 0.5)
+    given = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    to(tmp_path / "folder", tmp_path / "b", "orbax", **given)
+    loaded = pretrained.load(epath.Path(tmp_path / "b"), ("target_encoder",))
+    assert {"mean": loaded.mean, "std": loaded.std} == given and not capsys.readouterr().err
+
+
+def test_python_loads_every_format(odd, tmp_path):
+    shutil.copytree(odd / "folder", tmp_path / "folder")
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    found = cjepa_jax.load(tmp_path / "folder")(images)
+    np.testing.assert_allclose(found, cjepa_jax.load(odd / "ours")(images), atol=1e-5)
+
+
+def test_a_flag_that_the_input_needs_is_that_of_convert(odd, tmp_path):
+    shutil.copy(odd / NAMES["ijepa"], tmp_path / "in.pth.tar")
+    says = r"give --num-heads=N; that is a flag of python -m cjepa_jax\.convert --input=.*in\.pth\.tar --output="
+    with pytest.raises(UserError, match=says):
+        in_our_format(epath.Path(tmp_path / "in.pth.tar"))
+
+
 def test_names_on_disk_are_those_of_the_published_checkpoints(odd):
     found = safetensors.numpy.load_file(odd / "folder" / "model.safetensors")
     layer = [f"attention.attention.{part}" for part in ("query", "key", "value")]
@@ -673,6 +735,9 @@ def test_the_card_reads_every_format_of_the_evaluation(tmp_path, settings, encod
     assert text.count(command_says) == 1  # only that of this step
     for words in said:
         assert words in text.replace(command_says, "")
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation | {"step": 6}))  # of a run that was made longer
+    text = card.readme(make_networks(), card.read_run(epath.Path(tmp_path), step=7, encoder=encoder))
+    assert not [words for words in said if words.startswith("|") and words.partition("\n\n")[0] in text]
     other = "encoder" if encoder == "target_encoder" else "target_encoder"
     assert "Not measured." in card.readme(make_networks(), card.read_run(epath.Path(tmp_path), step=7, encoder=other))
 

@@ -39,6 +39,10 @@ def test_the_log_shows_the_trained_encoder_and_not_a_baseline(make_config, tmp_p
         assert list(rows) == ["trained", "untrained", "raw pixels"]
     assert results["knn"]["raw pixels"]["weighted"] > results["knn"]["trained"]["weighted"]  # so that a mix-up shows
     assert found["eval/knn"] == quick["eval/knn"] == results["knn"]["trained"]["weighted"]
+    as_encoder = during.probe({"encoder": last})["eval/knn"], during.probe({"encoder": first})["eval/knn"]
+    assert quick["eval/knn"] == as_encoder[0] != as_encoder[1]  # the target encoder is judged
+    pixels = results["knn"]["raw pixels"]
+    assert pixels["weighted, 10 a class"]["mean"] < pixels["weighted"]
     assert found["eval/logistic"] == quick["eval/logistic"] == results["logistic"]["trained"]["all labels"]
     assert len(results["knn"]["trained"]["weighted, 10 a class"]["draws"]) == 2
     assert "untrained" in capsys.readouterr().out

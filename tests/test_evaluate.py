@@ -3,6 +3,7 @@
 import functools
 import json
 import pathlib
+import re
 import sys
 
 import jax
@@ -262,6 +263,23 @@ def test_the_linear_probe_is_left_as_a_checkpoint_with_its_head(workdir, tmp_pat
     pooled = reference_features(left.params["target_encoder"], images, frozen.data)[-1]
     right = (pooled @ left.params["head"]["kernel"] + left.params["head"]["bias"]).argmax(axis=1) == labels
     assert abs(right.mean() - rows["trained"]["all"]["last 1 layers"]["test"]) < 0.01
+    if not augment:  # what was measured of the probe is not lost when it is made again
+        (tmp_path / "probe.linear" / "evaluation").mkdir()
+        (tmp_path / "probe.linear" / "evaluation" / "x.json").write_text("{}")
+        chosen.linear.run(frozen, epath.Path(tmp_path) / "probe")
+        assert (tmp_path / "probe.linear.before" / "evaluation" / "x.json").exists()
+        assert not (tmp_path / "probe.linear" / "evaluation").exists()
+
+
+def test_test_images_choose_nothing_of_the_linear_probe(workdir):
+    found = []
+    for split in ("test[:150]", "test[150:300]"):
+        chosen = settings(data__test_split=split)
+        frozen = freeze(workdir, "target_encoder", chosen, baselines=False, layers=4)
+        found.append(chosen.linear.run(frozen, None)["trained"])
+    for key in ("layers", "learning rate", "weight decay", "held-out"):
+        assert found[0][key] == found[1][key]
+    assert found[0]["linear"] != found[1]["linear"]
 
 
 def test_the_verdict_has_the_limits_of_the_alarm_while_training():
@@ -362,7 +380,11 @@ def test_bad_flags_are_one_line(workdir, arguments, message, monkeypatch, capsys
     "method, overrides, message",
     [
         ("knn", {"knn__neighbours": 301}, "knn.neighbours = 301 is more than the 300 training images"),
-        ("knn", {"data__test_split": "test[:4]"}, r"data.test_split = 'test\[:4\]' lacks .* classes"),
+        (
+            "knn",
+            {"data__train_split": "train[:20]"},
+            r"data.train_split = 'train\[:20\]' lacks \d class.* that data.test_",
+        ),
         ("knn", {"data__image_size": 9}, "data.image_size = 9 is not divisible by the encoder's patch size, 2"),
         ("collapse", {"data__train_split": "train[:1]"}, "collapse compares training images, and there is only one"),
     ],
@@ -373,6 +395,15 @@ def test_what_a_user_trips_over(workdir, method, overrides, message):
         frozen = freeze(workdir, "encoder", chosen, baselines=False)
         chosen.evaluators[method].check(frozen)
         chosen.evaluators[method].run(frozen, None)
+
+
+def test_labels_are_compared_before_anything_is_computed(workdir, monkeypatch, capsys):
+    """A class that no test image has is named, and the others are judged."""
+    monkeypatch.setattr(Frozen, "train_features", property(lambda self: pytest.fail("computed")))
+    with pytest.raises(UserError, match=r"data.train_split = 'train\[:20\]' lacks"):
+        judge(workdir, settings(data__train_split="train[:20]"), ["knn"], baselines=False)
+    freeze(workdir, "encoder", settings(data__test_split="test[:4]"), baselines=False).check_classes()
+    assert re.search(r"warning: data.test_split = 'test\[:4\]' lacks \d classes \(.*\), which", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("source, name", [("digits", ""), ("tfds", "imagenet2012"), (None, "imagenet2012")])

@@ -15,7 +15,7 @@ from cjepa_jax.config import Mesh
 from cjepa_jax.errors import UserError
 from cjepa_jax.evaluate import collapse, knn, logistic
 from cjepa_jax.evaluate import linear_grid as linear
-from cjepa_jax.evaluate.sets import Labelled, Splits, check_classes, few
+from cjepa_jax.evaluate.sets import Labelled, Splits, check_classes, few, lacking
 from cjepa_jax.models.vit import interpolate_positions, sincos_positions
 from cjepa_jax.train import sharding
 
@@ -154,17 +154,15 @@ def test_few_draws_equal_shares():
     assert first.tolist() == few(labels, shots=5, draws=1, seed=0)[0].tolist()
 
 
-def test_classes_of_both_splits_are_the_same():
-    names = "data.train_split = 'a'", "data.test_split = 'b'"
-    check_classes(np.array([0, 1, 1]), np.array([1, 0]), names=names)
-    with pytest.raises(
-        UserError, match=r"data.test_split = 'b' lacks 2 classes that the other split has \(labels 1, 3\)"
-    ):
-        check_classes(np.array([0, 1, 3]), np.array([0]), names=names)
-    with pytest.raises(UserError, match=r"data.train_split = 'a' lacks 1 classes"):
-        check_classes(np.array([0]), np.array([0, 1]), names=names)
+def test_test_images_have_no_class_that_training_images_lack():
+    about = {"names": ("data.train_split = 'a'", "data.test_split = 'b'"), "classes": ("ant", "bee", "cat", "dog")}
+    check_classes(np.array([0, 1, 1]), np.array([1, 0]), **about)
+    check_classes(np.array([0, 1, 3]), np.array([0]), **about)
+    assert lacking(np.array([0]), np.array([0, 1, 3]), about["classes"]) == "2 classes (bee, dog)"
+    with pytest.raises(UserError, match=r"data.train_split = 'a' lacks 1 class \(bee\) that data.test_split = 'b' has"):
+        check_classes(np.array([0]), np.array([0, 1]), **about)
     with pytest.raises(UserError, match=r"data.test_split = 'b': 1 of 2 images have no label"):
-        check_classes(np.array([0]), np.array([0, -1]), names=names)
+        check_classes(np.array([0]), np.array([0, -1]), **about)
 
 
 def test_collapse_statistics_equal_their_definitions_in_float64():

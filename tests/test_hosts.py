@@ -210,6 +210,8 @@ def test_nothing_is_started_where_nothing_asks_for_it(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", lambda **_: pytest.fail("started"))
     for variables in ({}, {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, {"SLURM_NTASKS": "4"}):
         with monkeypatch.context() as patch:
+            for key in ("SLURM_NTASKS", "SLURM_PROCID"):
+                patch.delenv(key, raising=False)
             for key, value in variables.items():
                 patch.setenv(key, value)
             distributed.start(None, None, None, 1)

@@ -208,14 +208,13 @@ class TestSlurm:
     def test_the_time_limit_saves_and_queues_again(self, sent, queued_again, fake, tmp_path):
         loop = "while true; do sleep 0.05; done" if sent else "exit 3"
         fake(
-            srun=f"echo $$ > {tmp_path}/step; trap 'echo saved >> {tmp_path}/called; exit 0' TERM; {loop}",
+            srun=f"trap 'echo saved >> {tmp_path}/called; exit 0' TERM; echo $$ > {tmp_path}/step; {loop}",
             scancel=f"kill -TERM $(cat {tmp_path}/step)",
             scontrol="",
         )
         job = subprocess.Popen(["bash", str(SLURM)], env=os.environ | {"SLURM_JOB_ID": "42"})
         if sent:
             until(lambda: (tmp_path / "step").exists() and (tmp_path / "step").read_text())
-            time.sleep(0.2)  # the trap is set
             if sent == signal.SIGTERM:  # Slurm sends it to the tasks too
                 os.kill(int((tmp_path / "step").read_text()), sent)
             job.send_signal(sent)

@@ -112,6 +112,16 @@ def test_adamw_with_its_schedules_is_that_of_torch(make_optim, make_config):
         np.testing.assert_allclose(params[name], p.detach(), rtol=1e-5, atol=1e-6)
 
 
+def test_the_rate_that_is_applied_is_that_of_the_batch(make_config):
+    params = {"kernel": jnp.array([[1.0, -2.0]])}
+
+    def update(meant):
+        adamw = optimizer.build(Products(make_config(optim__rates_for_batch=meant, data__batch_size=16)), 10, params)
+        return adamw.update({"kernel": jnp.array([[3.0, -1.0]])}, adamw.init(params), params)[0]["kernel"]
+
+    np.testing.assert_allclose(update(64), update(0) / 2, rtol=1e-6)
+
+
 def test_clipping_scales_the_gradient_down_where_its_norm_is_above_the_limit(make_config):
     """An AdamW that sees the gradient scaled by hand does the same; 0 and a high limit change nothing, not a bit."""
     params = {"x": jnp.array([[1.0, -2.0]]), "y": jnp.array([0.5])}

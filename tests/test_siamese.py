@@ -19,6 +19,7 @@ from cjepa_jax.interop import conversion
 from cjepa_jax.interop.tensors import ImportOptions
 from cjepa_jax.methods import METHODS
 from cjepa_jax.methods.siamese import Siamese
+from cjepa_jax.models.vit import normalise, patchify
 from cjepa_jax.tpu import flops
 from cjepa_jax.train.loop import train
 from cjepa_jax.train.writer import TIMED
@@ -181,3 +182,21 @@ def test_its_step_is_timed_like_others():
     assert "16x1x2/2, 16 images, float32" in said and "images/s" in said
     with pytest.raises(UserError, match=rf"--against=torch knows the method cjepa only, not '{NAMES[0]}'"):
         bench_step.measure(config, rounds=1, against_torch=True)
+
+
+def test_a_view_is_the_mean_of_the_encoders_features():
+    method = small_method("vicreg")
+    data, params = method.config.data, jax.jit(method.init)(jax.random.key(0))
+    images = np.random.default_rng(0).integers(0, 256, (3, 2, *data.image_shape, data.channels), np.uint8)
+    found = method.forward(params, {}, images)["views"]
+    for number in range(2):
+        patches = patchify(normalise(images[:, number], mean=data.mean, std=data.std), method.config.model.patch_size)
+        expected = method.encoder.apply({"params": params["encoder"]}, patches).mean(axis=1)
+        np.testing.assert_allclose(found[:, number], expected, atol=1e-5)
+
+
+def test_each_view_is_augmented_as_its_settings_say():
+    changes = dict(data__flip=0.3, views__blur=(0.5, 0.1), views__solarize=(0.0, 0.2))
+    views = small_method("vicreg", views__saturation=0.5, **changes).views
+    assert [(view.flip, view.saturation) for view in views] == [(0.3, 0.5)] * 2
+    assert [(view.blur, view.solarize) for view in views] == [(0.5, 0.0), (0.1, 0.2)]

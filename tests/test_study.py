@@ -92,6 +92,9 @@ def test_seeds_share_a_program_and_become_a_row(tmp_path):
     short["eval"] |= {"evaluators": ("knn",), "images": 100}
     study = read(tmp_path / "study", base=short, tune={}, evaluators=("knn",), choose_by="knn", probes=1)
     assert [config.vicreg.weight for config in run(study)] == [0.0, 1.0]
+    start = {name: found[0]["loss/prediction"] for name, found in lines(study).items()}
+    assert start["I-JEPA/seed0"] != start["I-JEPA/seed1"]
+    assert start["I-JEPA/seed0"] == pytest.approx(start["C-JEPA/seed0"])  # a pair: all but the loss
     found = {}
     for arm in study.arms:
         files = [study.workdir / "runs" / arm / f"seed{seed}" / "evaluation" / "test.knn.json" for seed in (0, 1)]
@@ -269,11 +272,13 @@ def test_processes_share_out_a_study(tmp_path, monkeypatch, capsys):
     def train(config, folder, compile_step, baselines):
         begun.append(f"{folder.parent.name}/{folder.name}")
         folder.mkdir()
-        found = {"knn": {"trained": {"weighted": 0.5}}, "logistic": {"trained": {"all labels": 0.6}}}
+        better = {"trial0": 0.6, "trial1": 0.7}.get(folder.name, 0.5)
+        found = {"knn": {"trained": {"weighted": 0.5}}, "logistic": {"trained": {"all labels": better}}}
         (folder / "evaluation.json").write_text(json.dumps({"results": found, "step": 6}))
 
     def judge(folder, evaluation, evaluators, *, baselines, name):
         judged.append(f"{folder.parent.name}/{folder.name}")
+        assert evaluation.data.test_split == "test[:100]"
         (folder / "evaluation").mkdir()
         found = {"knn": {"trained": {"weighted": 0.4}}}
         (folder / "evaluation" / "test.knn.json").write_text(json.dumps({"results": found}))
@@ -286,6 +291,8 @@ def test_processes_share_out_a_study(tmp_path, monkeypatch, capsys):
         assert runs.run(read(tmp_path / "run", evaluators=("knn",)), only=[arm])
         assert begun == [f"{arm}/{name}" for name in ("trial0", "trial1", "seed0", "seed1")]
         assert judged == [f"{arm}/{name}" for name in ("seed0", "seed1")]
+        study = read(tmp_path / "run", evaluators=("knn",))
+        assert results.chosen(study, study.arms[arm]) == {"optim.learning_rate": 0.3}  # of the better trial
         assert not list((tmp_path / "run").glob("table.*")) and "finished; the tables" not in capsys.readouterr().err
     begun.clear()
     judged.clear()

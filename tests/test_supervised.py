@@ -397,12 +397,36 @@ def test_a_head_is_judged_by_its_own_classes(classes, says):
         Accuracy().check(frozen)
     frozen.test.source.classes = ("n01440764", "n01443537", "n01484850")
     Accuracy().check(frozen)
+    frozen.test.source.classes = ()
+    with pytest.raises(UserError, match=r"data\.test_split = 'test' has no labels"):
+        Accuracy().check(frozen)
 
 
 def test_an_image_without_a_label_stops_the_run():
     source = sources.from_arrays(np.zeros((32, 8, 8), np.uint8))
     with pytest.raises(UserError, match=r"data\.train_split holds images without a label"):
         pipeline.check_labelled(next(pipeline.train_batches(pipeline.Reader(source, settings().data), seed=0)))
+
+
+def test_each_change_of_the_images_is_made_where_it_is_asked_for():
+    """By its own setting and no other."""
+    images = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 1), np.uint8)
+    batch, off = Batch(images, np.arange(8, dtype=np.int32)), dict(augment__mixup=0.0, augment__cutmix=0.0)
+
+    def prepared(**changes):
+        method = method_of(**off | dict(augment__erase=0.0, augment__randaugment=0) | changes)
+        return np.asarray(method.prepare(batch, jax.random.key(0)).images)
+
+    plain = prepared()
+    np.testing.assert_allclose(plain, normalise(images, mean=(0.5,), std=(0.5,)), atol=1e-6)
+    erased, cut, mixed = prepared(augment__erase=1.0), prepared(augment__cutmix=1.0), prepared(augment__mixup=1.0)
+    assert (erased != plain).any(axis=(1, 2, 3)).all() and (erased == plain).any()  # a rectangle of each
+    assert ((cut == plain) | (cut == plain[::-1])).all() and (cut != plain).any()  # one of another image
+    for new, old, other in zip(mixed, plain, plain[::-1], strict=True):
+        share = ((new - old) / (other - old))[abs(other - old) > 0.1]
+        assert 0 < share.mean() < 1 and share.std() < 1e-4  # all pixels are blended alike
+    assert method_of(augment__randaugment=0).views[0].distort is None
+    assert method_of(augment__randaugment=2).views[0].distort.operations == 2
 
 
 def test_a_frozen_encoder_has_no_backward_pass_to_count():

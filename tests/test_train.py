@@ -22,7 +22,7 @@ from cjepa_jax import settings
 from cjepa_jax.errors import UserError
 from cjepa_jax.evaluate.during import DuringTraining
 from cjepa_jax.settings import flatten
-from cjepa_jax.train import checkpoint, loop, nonfinite
+from cjepa_jax.train import checkpoint, loop, nonfinite, setup
 from cjepa_jax.train.writer import TIMED
 from tests import commands
 
@@ -110,6 +110,22 @@ def test_a_signal_does_not_end_a_run_that_writes_its_last_checkpoint(make_config
     finally:
         signal.signal(signal.SIGTERM, before)
     assert not ended and int(saved_state(tmp_path / "run", 2)["step"]) == 2
+
+
+def test_the_seed_draws_the_network(make_config, tmp_path, monkeypatch):
+    class DrawnError(Exception):
+        pass
+
+    def init(self, rng):
+        drawn.append(jax.random.key_data(rng).tolist())
+        raise DrawnError
+
+    drawn = []
+    monkeypatch.setattr(setup.Training, "init", init)
+    for number, seed in enumerate((0, 1, 0)):
+        with pytest.raises(DrawnError):
+            loop.train(make_config(seed=seed), epath.Path(tmp_path / str(number)), compile_step=lambda *_: None)
+    assert drawn[0] == drawn[2] != drawn[1]
 
 
 def test_a_trace_holds_nothing_of_the_evaluation(make_config, tmp_path, monkeypatch):

@@ -27,6 +27,7 @@ class Accuracy(Evaluator):
         """Raises UserError where the network has no head, or one for other classes."""
         require(bool(frozen.heads), "accuracy: the checkpoint has no head; fine-tuning gives it one")
         names, split = frozen.test.source.classes, f"data.test_split = {frozen.data.test_split!r}"
+        require(bool(names), f"{split} has no labels, with which accuracy compares")
         for head in frozen.heads.values():
             known = head["bias"].shape[0]
             require(len(names) <= known, f"{split} has {len(names)} classes, the head tells {known} apart")

@@ -57,12 +57,12 @@ def judge(
     about = {"checkpoint": str(workdir), "step": frozen.origin.networks.step, "encoder": encoder}
     files = {one: stem.with_name(f"{name}.{one}.json") for one in wanted}
     descriptions = {one: report.describe(frozen, flatten(settings), method=one, **about) for one in wanted}
+    if any(known[one].needs_labels and one != "accuracy" for one in wanted):
+        frozen.check_labels()
+        frozen.check_classes()
+        warn_of_same_images(frozen.data, frozen.train.source, frozen.test.source)
     for one in wanted:
         report.check(files[one], descriptions[one], {"settings": Evaluation, "model": Model, "data": Data})
-        if known[one].needs_labels and one != "accuracy":
-            frozen.check_labels()
-            if one == next(name for name in wanted if known[name].needs_labels):
-                warn_of_same_images(frozen.data, frozen.train.source, frozen.test.source)
         known[one].check(frozen)
     print(report.header(frozen), flush=True)
     for one in wanted:

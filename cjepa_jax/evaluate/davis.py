@@ -65,7 +65,11 @@ class Davis(Evaluator):
                 batch_size=frozen.mesh.size,
             )
             videos = frozen.progress(f"masks, {name}", found, total=len(found), unit="videos")
-            results = {video.name: follow(video) for video in videos}
+            results: dict[str, Result] = {}
+            for number, video in enumerate(videos):
+                result = follow(video)
+                shown = name == frozen.judged and number < _VIDEOS
+                results[video.name] = result if shown else result._replace(masks=result.masks[:0].copy())
             if name == frozen.judged and stem is not None and jax.process_index() == 0:
                 _draw(found[:_VIDEOS], results, stem.with_name(f"{stem.name}.davis.png"))
             rows[name] = summary(results)

@@ -18,7 +18,7 @@ from cjepa_jax.config import Data, Mesh, Model
 from cjepa_jax.data import decode, pipeline, sources
 from cjepa_jax.errors import require
 from cjepa_jax.evaluate.features import Apply, Extractor, Params, encoder_for, mean_features, pixels
-from cjepa_jax.evaluate.sets import Labelled, Splits, check_classes
+from cjepa_jax.evaluate.sets import Labelled, Splits, check_classes, lacking
 from cjepa_jax.models.vit import parse_size
 from cjepa_jax.train import sharding
 
@@ -159,13 +159,14 @@ class Frozen:
         """Returns each encoder's features of both splits, those of its last `layers` blocks side by side.
 
         Raises UserError where a split has no labels; and, for a checkpoint, where some of its images have none, or
-        where it lacks classes of the other.
+        where the training images lack classes of the others.
         """
         self.check_labels()
         train, test = self.train_features, self.test_features
-        names = f"data.train_split = {self.data.train_split!r}", f"data.test_split = {self.data.test_split!r}"
+        names = self._names
         if self.origin:
-            check_classes(train[self.judged].labels, test[self.judged].labels, names=names)
+            labels = train[self.judged].labels, test[self.judged].labels
+            check_classes(*labels, names=names, classes=self.train.source.classes)
         else:  # a training is not to be stopped by a sample that lacks a class, or some labels
             train, test = (labelled(split, name) for split, name in zip((train, test), names, strict=True))
         return {name: Splits(train[name].last(layers), test[name].last(layers)) for name in self.params}
@@ -178,6 +179,26 @@ class Frozen:
     def check_labels(self) -> None:
         """Raises UserError where a split has no labels, or where the splits number their classes differently."""
         check_labels(self.data, self.train.source, self.test.source)
+
+    def check_classes(self) -> None:
+        """Raises UserError as `splits` does for labels, as far as they are known without the images.
+
+        Says, too, which classes no test image has.
+        """
+        readers = self.train, self.test
+        if not all(reader.source.label for reader in readers):
+            return
+        train, test = (
+            np.array([-1 if label is None else label for label in reader.source.labels()])[self.sampled(reader)]
+            for reader in readers
+        )
+        check_classes(train, test, names=self._names, classes=self.train.source.classes)
+        if lost := lacking(test, train, self.train.source.classes):
+            print(f"warning: {self._names[1]} lacks {lost}, which are not judged", file=sys.stderr, flush=True)
+
+    @property
+    def _names(self) -> tuple[str, str]:
+        return f"data.train_split = {self.data.train_split!r}", f"data.test_split = {self.data.test_split!r}"
 
 
 def labelled(split: dict[str, Labelled], name: str) -> dict[str, Labelled]:

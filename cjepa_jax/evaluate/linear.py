@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -191,10 +192,17 @@ class Linear(Evaluator):
 def _save_with_head(frozen: Frozen, path: epath.Path, head: dict[str, np.ndarray], row: Rows) -> None:
     """Writes the encoder with a classifier on its features as a checkpoint, in the place of one that may be there.
 
-    The row of the table that is about this classifier goes with it, as its evaluation.json.
+    One that has been judged is moved aside, to PATH.before. The row of the table that is about this classifier goes
+    with the new one, as its evaluation.json.
     """
     assert frozen.origin
-    if path.exists():
+    if (path / "evaluation").exists():
+        aside = path.with_name(f"{path.name}.before")
+        while aside.exists():
+            aside = aside.with_name(f"{aside.name}.before")
+        path.rename(aside)
+        print(f"{path}, which has been judged, is now {aside}", file=sys.stderr, flush=True)
+    elif path.exists():
         path.rmtree()
     networks, encoder = frozen.origin.networks, frozen.origin.encoder
     params = {encoder: networks.params[encoder], "head": head}

@@ -3,6 +3,7 @@
 Shapes: n images, L layers, D features.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -46,21 +47,25 @@ def unit(features: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
     return features / jnp.maximum(jnp.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
 
 
-def check_classes(train: Int[np.ndarray, " n"], test: Int[np.ndarray, " m"], *, names: tuple[str, str]) -> None:
-    """Raises UserError where a label is missing, or where one split lacks a class of the other.
+def check_classes(
+    train: Int[np.ndarray, " n"], test: Int[np.ndarray, " m"], *, names: tuple[str, str], classes: Sequence[str]
+) -> None:
+    """Raises UserError where a label is missing, or where the images to learn from lack a class of the others.
 
-    `names` are those of the two splits, for the message.
+    `names` are those of the two splits and `classes` those of the labels, for the message.
     """
     for name, labels in zip(names, (train, test), strict=True):
         missing = int((labels < 0).sum())
         require(missing == 0, f"{name}: {missing} of {len(labels)} images have no label; leave them out of the split")
-    for name, found, wanted in ((names[1], test, train), (names[0], train, test)):
-        lost = np.setdiff1d(wanted, found)
-        few = ", ".join(map(str, lost[:10])) + (", ..." if len(lost) > 10 else "")
-        require(
-            len(lost) == 0,
-            f"{name} lacks {len(lost)} classes that the other split has (labels {few}); give splits with the same ones",
-        )
+    lost = lacking(train, test, classes)
+    require(not lost, f"{names[0]} lacks {lost} that {names[1]} has; give splits with the same ones")
+
+
+def lacking(found: Int[np.ndarray, " n"], wanted: Int[np.ndarray, " m"], classes: Sequence[str]) -> str:
+    """Names the classes of `wanted` labels that are not among those that were `found`; "" where all are."""
+    lost = [classes[label] for label in np.setdiff1d(wanted, found)]
+    few = ", ".join(lost[:10]) + (", ..." if len(lost) > 10 else "")
+    return f"{len(lost)} class{'es' if len(lost) > 1 else ''} ({few})" if lost else ""
 
 
 def spread(images: Labelled, mesh: jax.sharding.Mesh) -> tuple[Float[Array, "m D"], Int[Array, " m"]]:

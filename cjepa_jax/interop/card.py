@@ -64,7 +64,8 @@ def read_run(workdir: epath.Path, *, step: int, encoder: str) -> TrainedRun:
     for path in (workdir / "evaluation.json", *sorted((workdir / "evaluation").glob("*.json"))):
         evaluation = read_json(path) if path.exists() else {}
         of = evaluation.get("encoder", evaluation.get("tower"))  # where the command has written it; its former name
-        its_own = at_the_end if of is None else (of, evaluation.get("step")) == (encoder.removeprefix("ema_"), step)
+        at = evaluation.get("step", step)  # older runs do not say it
+        its_own = (at_the_end if of is None else of == encoder.removeprefix("ema_")) and at == step
         try:
             tables = _tables(evaluation) if its_own else {}
             if tables:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from etils import epath
 
 from cjepa_jax import pretrained
-from cjepa_jax.errors import require, saying
+from cjepa_jax.errors import UserError, require, saying
 from cjepa_jax.files import check_bucket_support, check_writable, storing
 from cjepa_jax.interop import card, formats, tensors, timm, transformers
 
@@ -44,7 +44,7 @@ def convert(
         run = card.read_run(pretrained.describe(path)[0], step=networks.step, encoder=chosen[0])
     else:
         run = card.TrainedRun(path.name, chosen[0])
-    load_with = [timm.call(networks, str(target))] if kind == "timm" else []
+    load_with = [timm.call(networks, str(target), crop_fraction=run.crop_fraction)] if kind == "timm" else []
     with _atomically(target) as new:
         formats.WRITERS[kind](new, networks, run)
     left_out = [name for name in opened.networks if name not in chosen]
@@ -75,8 +75,16 @@ def in_our_format(path: epath.Path) -> epath.Path:
         )
         print(f"reads {ours}, which was converted from {path} before", file=sys.stderr, flush=True)
     else:
-        with saying("--checkpoint", instead_of="--input"):
-            said = convert(str(path), str(ours), "orbax", encoder=None, force=False, options=tensors.ImportOptions())
+        try:
+            with saying("--checkpoint", instead_of="--input"):
+                said = convert(
+                    str(path), str(ours), "orbax", encoder=None, force=False, options=tensors.ImportOptions()
+                )
+        except UserError as error:
+            if "give --" not in str(error):
+                raise
+            command = f"python -m cjepa_jax.convert --input={path} --output={ours} --format=orbax"
+            raise UserError(f"{error}; that is a flag of {command}") from None
         print(said, file=sys.stderr, flush=True)
     return ours
 

@@ -72,7 +72,10 @@ def open_tensors(
 
 
 def merge_options(path: epath.Path, options: ImportOptions, known: Mapping[str, Any]) -> ImportOptions:
-    """Merges what the flags say with `known`, what the file says. Raises UserError where the two differ."""
+    """Merges what the flags say with `known`, what the file says.
+
+    The flags' mean and std count, as files are known that say wrong ones. Raises UserError where other things differ.
+    """
     known = {key: tuple(value) if isinstance(value, list) else value for key, value in known.items()}
     for key, value in known.items():
         numbers = (value,) if key == "num_heads" else value
@@ -81,6 +84,9 @@ def merge_options(path: epath.Path, options: ImportOptions, known: Mapping[str, 
         are_sizes = key != "image_size" or (len(numbers) == 2 and all(type(x) is int and x > 0 for x in numbers))
         require(are_sizes, f"--input {path} is damaged: it says {key} = {str(value)[:100]}, no height and width")
         said = getattr(options, key)
+        if key in ("mean", "std") and said is not None:
+            continue
         flag = key.replace("_", "-")
         require(said in (None, value), f"--{flag} = {said}, but --input {path} says {value}: leave the flag out")
-    return options._replace(**known)
+    kept = {key: getattr(options, key) for key in ("mean", "std") if getattr(options, key) is not None}
+    return options._replace(**{**known, **kept})

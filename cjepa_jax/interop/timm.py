@@ -48,12 +48,19 @@ def write(path: pathlib.Path, networks: Pretrained) -> None:
     safetensors_files.write(path, tensors, {key: json.dumps(value) for key, value in metadata.items()})
 
 
-def call(networks: Pretrained, path: str) -> str:
-    """Returns the line of Python that loads the file at `path` into a timm model with the settings of ours."""
+def call(networks: Pretrained, path: str, *, crop_fraction: float) -> str:
+    """Returns the line of Python that loads the file at `path` into a timm model with the settings of ours.
+
+    By its pretrained_cfg timm prepares images as evaluation does here.
+    """
     size = parse_size(networks.model.size)
     sides = networks.image_size if networks.is_square else networks.image_shape
     settings: dict[str, Any] = {"img_size": sides, "patch_size": networks.model.patch_size}
     settings |= {"in_chans": len(networks.mean), "embed_dim": size.width, "depth": size.depth, "num_heads": size.heads}
-    settings |= {} if size.mlp_ratio == 4 else {"mlp_ratio": size.mlp_ratio}
+    # timm rounds the width of the MLP down.
+    settings |= {} if size.mlp_ratio == 4 else {"mlp_ratio": round(size.width * size.mlp_ratio) / size.width}
     settings |= {"num_classes": class_count(networks), "checkpoint_path": path}
+    images: dict[str, Any] = {"input_size": (len(networks.mean), *networks.image_shape), "interpolation": "bilinear"}
+    images |= {"crop_pct": crop_fraction, "mean": tuple(networks.mean), "std": tuple(networks.std)}
+    settings |= {"pretrained_cfg_overlay": images}
     return f"timm.create_model('vit_base_patch16_gap_224', {', '.join(f'{k}={v!r}' for k, v in settings.items())})"

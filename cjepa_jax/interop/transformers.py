@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import sys
 from typing import Any
 
 import numpy as np
@@ -11,15 +12,23 @@ from cjepa_jax.errors import require
 from cjepa_jax.files import is_file, read_json
 from cjepa_jax.interop import card, safetensors_files, torch_names
 from cjepa_jax.interop.safetensors_files import merge_options
-from cjepa_jax.interop.tensors import ImportOptions, OpenedCheckpoint, class_count, to_contiguous_tensors
+from cjepa_jax.interop.tensors import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ImportOptions,
+    OpenedCheckpoint,
+    class_count,
+    to_contiguous_tensors,
+)
 from cjepa_jax.models.layer_norm import LAYER_NORM_EPS
 from cjepa_jax.models.vit import parse_size
 from cjepa_jax.pretrained import Pretrained
 
 
 def is_folder(path: epath.Path) -> bool:
-    """Tells whether a folder looks like one of transformers."""
-    return is_file(path / "config.json") and any(path.glob("*.safetensors"))
+    """Tells whether a folder looks like one of transformers; a workdir may hold exported files, too."""
+    is_ours = (path / "checkpoints").exists()
+    return not is_ours and is_file(path / "config.json") and any(path.glob("*.safetensors"))
 
 
 def open_folder(path: epath.Path, options: ImportOptions) -> OpenedCheckpoint:
@@ -38,6 +47,15 @@ def open_folder(path: epath.Path, options: ImportOptions) -> OpenedCheckpoint:
     images = read_json(preprocessor) if preprocessor.exists() else {}
     known = {"num_heads": config.get("num_attention_heads", 12)}
     known |= {key: images[f"image_{key}"] for key in ("mean", "std") if f"image_{key}" in images}
+    halves = all(known.get(key) == [0.5, 0.5, 0.5] for key in ("mean", "std"))
+    if halves and options.mean is options.std is None:
+        mean, std = (",".join(map(str, values)) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        print(
+            f"warning: {preprocessor} says a mean and std of 0.5, which is what transformers fills in; I-JEPA's own "
+            f"encoders have ImageNet's: python -m cjepa_jax.convert takes --mean={mean} --std={std}",
+            file=sys.stderr,
+            flush=True,
+        )
     # One number is the side of a square, which the tensors say, too.
     known |= {"image_size": sides} if isinstance(sides := config.get("image_size"), list) else {}
     tensors, _ = safetensors_files.read(path, sorted(path.glob("*.safetensors")))

@@ -102,8 +102,9 @@ class Command:
         return self._said.read(), None
 
     def until_said(self, word: str) -> None:
-        said = ""
+        said, deadline = "", time.monotonic() + 300
         while word not in said:
+            assert time.monotonic() < deadline, said
             ended = self.returncode is not None
             said += self._said.read()
             assert word in said or not ended, said

@@ -147,9 +147,9 @@ def test_another_number_of_processes_goes_on(alone, tmp_path):
 
 def test_a_stop_of_one_stops_all_after_the_same_step(alone, tmp_path):
     workdir = tmp_path / "run"
-    processes = start(2, 1, f"--workdir={workdir}", *ENDLESS)
+    processes, deadline = start(2, 1, f"--workdir={workdir}", *ENDLESS), time.time() + 200
     while not (workdir / "metrics.jsonl").exists() or len(losses(workdir)) < 3:
-        assert all(process.poll() is None for process in processes)
+        assert all(process.poll() is None for process in processes) and time.time() < deadline
         time.sleep(0.1)
     processes[1].send_signal(signal.SIGTERM)
     said = finish(processes)

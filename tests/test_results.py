@@ -8,6 +8,7 @@ import statistics
 import tarfile
 
 import pytest
+import scipy.stats
 
 ROOT = pathlib.Path(__file__).parents[1]
 STUDIES = sorted(path.parent for path in ROOT.glob("results/*/table.json"))
@@ -179,6 +180,38 @@ def test_the_readme_quotes_the_study():
             assert (
                 whole.strip().startswith(said.strip()[:3]) and said.strip() in f"{whole} {float(whole.split()[0]):.1f}"
             )
+
+
+def test_the_readmes_sentences_quote_the_studies():
+    """Points of kNN on the test split, mean and standard error over seeds."""
+    prose = " ".join((ROOT / "README.md").read_text().partition("## Results in short")[2].split())
+
+    def knn(study: str, arm: str) -> dict[str, float]:
+        table = json.loads((ROOT / "results" / study / "table.json").read_text())["arms"]
+        return {seed: 100 * value for seed, value in table[arm]["test"]["knn"]["values"].items()}
+
+    def said(values) -> str:
+        values = list(values)
+        return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) / len(values) ** 0.5:.1f}"
+
+    def gain(study: str, arm: str, other: str) -> str:
+        return said(value - knn(study, other)[seed] for seed, value in knn(study, arm).items())
+
+    low = "robustness_cifar10", "C-JEPA 0.01, momentum 0.9"
+    wide = "coefficient_cifar10", "width 192, C-JEPA 0.01", "width 192, I-JEPA"
+    three = [said(knn("collapse_cifar10", arm).values()) for arm in ("C-JEPA 0.03, no EMA", "C-JEPA 0.03", "I-JEPA")]
+    best = [statistics.mean(knn("neighbours_cifar10", arm).values()) for arm in ("LeJEPA", "VICReg", "I-JEPA")]
+    digits = [list(knn("collapse_digits", arm).values()) for arm in ("C-JEPA 0.01", "I-JEPA")]
+    p = short(scipy.stats.ttest_rel(*digits).pvalue, 2)
+    for words in (
+        f"gains {gain('collapse_digits', 'C-JEPA 0.01', 'I-JEPA')} points in nearest neighbours (p = {p})",
+        f"C-JEPA is ahead by {gain(*low, 'I-JEPA, momentum 0.9')} points of kNN",
+        f"with the better momentum for each, by {gain(*low, 'I-JEPA')}",
+        f"it is ahead by {gain(*wide)}, with nothing tuned",
+        "with .03 kNN is {} % without EMA and {} with it, where I-JEPA with EMA has {}.".format(*three),
+        *(f"learn more from the same images there: [{other:.0f} % against {best[2]:.0f}](" for other in best[:2]),
+    ):
+        assert words in prose, words
 
 
 def test_the_page_on_evaluation_shows_a_seed_of_the_study_on_cifar10():

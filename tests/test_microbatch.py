@@ -6,13 +6,16 @@ import re
 
 import jax
 import jax.extend.core
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from cjepa_jax.batch import Batch
+from cjepa_jax.config import Model
 from cjepa_jax.errors import UserError
 from cjepa_jax.methods.cjepa import CJEPA
 from cjepa_jax.methods.supervised import Supervised
+from cjepa_jax.models.vit import build_encoder
 from cjepa_jax.settings import parse
 from cjepa_jax.train import microbatch, sharding
 from cjepa_jax.train.step import build, init_state
@@ -153,6 +156,24 @@ def flops_of_products(jaxpr) -> int:
         for inside in jax.extend.core.jaxprs_in_params(equation.params):
             total += turns * flops_of_products(inside)
     return total
+
+
+@pytest.mark.parametrize("layers", ["unrolled", "scanned"])
+def test_what_is_not_kept_is_computed_again(layers):
+    """By model.remat: nothing; attention's scores and values; all of the blocks but their last product."""
+
+    def products(remat, gradient=True):
+        model = Model(size="16x3x2", patch_size=2, init="normal", dtype="float32", layers=layers, remat=remat)
+        encoder, patches = build_encoder(model, grid=(4, 4)), jax.ShapeDtypeStruct((3, 16, 4), jnp.float32)
+        params = jax.eval_shape(encoder.init, jax.random.key(0), patches)["params"]
+        summed = lambda params, patches: encoder.apply({"params": params}, patches).sum()  # noqa: E731
+        return flops_of_products(jax.make_jaxpr(jax.grad(summed) if gradient else summed)(params, patches).jaxpr)
+
+    none, dots, full = map(products, ("none", "dots", "full"))
+    attention, last = 9 * 2 * (2 * 16 * 16 * 16), 9 * (2 * 16 * 64 * 16)  # of three images in three blocks
+    embedding = 3 * (2 * 16 * 4 * 16)
+    assert dots - none == attention
+    assert full - none == products("none", gradient=False) - embedding - last
 
 
 def test_the_target_encoder_runs_once():

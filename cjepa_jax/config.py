@@ -262,6 +262,9 @@ class Checkpoint:
         )
 
 
+EVALUATED_ON = ("source", "name", "data_dir", "train_split", "test_split")  # settings of Eval that name images
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Eval:
     """Evaluation during training and at its end."""
@@ -289,8 +292,7 @@ class Eval:
 
     def data(self, training: Data) -> Data:
         """Returns where the images to evaluate on come from; `training` says so of those that are trained on."""
-        names = ("source", "name", "data_dir", "train_split", "test_split")
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        given = {name: value for name in EVALUATED_ON if (value := getattr(self, name)) is not None}
         if "source" in given:  # what belongs to another kind of set says nothing about this one
             given = {"name": "", "data_dir": "", **given}
         return dataclasses.replace(training, **given)

@@ -84,9 +84,7 @@ def merge_options(path: epath.Path, options: ImportOptions, known: Mapping[str, 
         are_sizes = key != "image_size" or (len(numbers) == 2 and all(type(x) is int and x > 0 for x in numbers))
         require(are_sizes, f"--input {path} is damaged: it says {key} = {str(value)[:100]}, no height and width")
         said = getattr(options, key)
-        if key in ("mean", "std") and said is not None:
-            continue
         flag = key.replace("_", "-")
-        require(said in (None, value), f"--{flag} = {said}, but --input {path} says {value}: leave the flag out")
-    kept = {key: getattr(options, key) for key in ("mean", "std") if getattr(options, key) is not None}
-    return options._replace(**{**known, **kept})
+        fits = said in (None, value) or key in ("mean", "std")
+        require(fits, f"--{flag} = {said}, but --input {path} says {value}: leave the flag out")
+    return options._replace(**{key: value for key, value in known.items() if getattr(options, key) is None})

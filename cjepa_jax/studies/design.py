@@ -30,7 +30,7 @@ from etils import epath
 
 from cjepa_jax import settings
 from cjepa_jax.command import load_config
-from cjepa_jax.config import Config, Data
+from cjepa_jax.config import EVALUATED_ON, Config, Data
 from cjepa_jax.data import sources
 from cjepa_jax.errors import UserError, nearest, require
 from cjepa_jax.evaluate.config import Evaluation
@@ -40,7 +40,6 @@ from cjepa_jax.train.setup import count_steps
 
 _KEYS = {"base", "arms", "seeds", "splits", "baseline", "tune", "choose_by", "probes", "evaluators"}
 _SPLITS = ("train", "held_out", "test")
-_EVALUATED_ON = ("source", "name", "data_dir", "train_split", "test_split")  # keys of eval
 _CHOOSING = ("knn", "logistic", "linear")  # evaluators that give one accuracy
 _OF_THEIR_OWN = ("davis", "segmentation")  # evaluators with images of their own, which a study does not name
 # As in one workdir, but for how runs are judged.
@@ -218,7 +217,7 @@ def _arm(
     values = settings.merged(base, changes)
     values = settings.merged(values, {"data": {"train_split": splits["train"], "test_split": splits["held_out"]}})
     tune = dict(arm.get("tune", study.get("tune", {})))
-    with _naming(name):
+    with _naming(f"arm {name!r}"):
         known = {key.name for key in settings.keys(cast(Any, find_method(values).settings))}
     for key, tried in tune.items():
         fits = key in known and key != "seed" and not key.startswith(("data.", "eval."))
@@ -228,7 +227,7 @@ def _arm(
         )
     trials = [dict(zip(tune, choice, strict=True)) for choice in itertools.product(*tune.values())] if tune else []
     config = _parse(values, name)
-    with _naming(name):
+    with _naming(f"arm {name!r}"):
         look = {split: _look_at(config.data, splits, split) for split in _SPLITS}
         images, classes, labels, _ = look["train"]
         for split, which in (("held_out", "held-out"), ("test", "test")):
@@ -246,7 +245,7 @@ def _arm(
                 f"splits: the training images, {splits['train']!r}, lack {len(found - labels)} classes that the "
                 f"{which} images, {splits[split]!r}, have",
             )
-        own = [key for key in _EVALUATED_ON if getattr(config.eval, key) is not None]
+        own = [key for key in EVALUATED_ON if getattr(config.eval, key) is not None]
         require(not own, f"eval.{' and eval.'.join(own)}: a study judges on its own splits; leave this out")
         require(
             config.log.collapse != "stop",
@@ -266,17 +265,15 @@ def _arm(
     values = settings.merged(values, {"eval": {"every": -(-steps // probes)}})
     for trial in trials or [{}]:
         config = _parse(with_flat(values, trial), name)
-        with _naming(name):
+        with _naming(f"arm {name!r}"):
             METHODS[config.method](config, classes=classes)
     fingerprints = tuple(seen[3] for seen in look.values())
     return Arm(name, values, trials, steps, config.data.batch_size, images, fingerprints)
 
 
 def _look_at(data: Data, splits: Mapping[str, str], split: str) -> tuple[int, int, frozenset[int], str]:
-    try:
+    with _naming(f"splits.{split}"):
         return look_at(data, splits[split])
-    except UserError as error:
-        raise UserError(f"splits.{split}: {error}") from None
 
 
 @functools.lru_cache
@@ -298,15 +295,15 @@ def with_flat(values: Mapping[str, Any], flat: Mapping[str, Any]) -> dict[str, A
 
 
 def _parse(values: Mapping[str, Any], arm: str) -> Config:
-    with _naming(arm):
+    with _naming(f"arm {arm!r}"):
         parsed: Config = settings.parse(values, find_method(values).settings)
         return parsed
 
 
 @contextlib.contextmanager
-def _naming(arm: str) -> Iterator[None]:
-    """Says in an error which arm it is about."""
+def _naming(what: str) -> Iterator[None]:
+    """Says in an error what it is about, such as an arm."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"arm {arm!r}: {error}") from None
+        raise UserError(f"{what}: {error}") from None

@@ -49,11 +49,10 @@ def train(
     untrained encoder and raw pixels as well.
 
     Raises UserError for settings that do not fit the data, the devices or the workdir, before anything is compiled or
-    written, where another run trains in the workdir, and where images or a checkpoint cannot be read; a single process
-    saves the state before it leaves because of images. Raises DivergedError
-    when the loss is not finite, whereupon the checkpoints are those from before; StalledError where an image is not
-    read in time; LockLostError when another run has
-    taken the workdir over, which only happens to a run that was paused for long.
+    written, where another run trains in the workdir, and where images or a checkpoint cannot be read; StalledError
+    where an image is not read in time; DivergedError when the loss is not finite, whereupon the checkpoints are those
+    from before; LockLostError when another run has taken the workdir over, which only happens to a run that was paused
+    for long. A single process saves the state before it leaves because of images.
     """
     with peers.training(workdir), peers.leaving_at_once(unless=_all_raise):
         with distributed.refused_together():  # all have checked the workdir before one makes it

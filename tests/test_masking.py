@@ -12,7 +12,7 @@ import pytest
 
 from cjepa_jax.config import Mesh
 from cjepa_jax.errors import UserError
-from cjepa_jax.methods.cjepa import CJEPA
+from cjepa_jax.methods.cjepa import CJEPA, MaskedImages
 from cjepa_jax.models.masking import Masks, sample_masks, target_tokens
 from cjepa_jax.models.vit import take
 from cjepa_jax.train import sharding
@@ -359,6 +359,33 @@ def test_hidden_patches_and_padding_have_no_influence(networks):
     padding = np.where(valid, masks.context_idx, rng.integers(64, size=valid.shape))
     for pixels, idx in ((hidden, masks.context_idx), (patches, padding), (hidden, padding)):
         np.testing.assert_array_equal(encode(networks, pixels, idx, valid)[valid], before)
+
+
+def test_an_image_without_context_has_a_finite_loss(networks, make_config):
+    """Many target blocks may cover all of a context block, and its mean is then 0."""
+    _, params, _, masks, rng = networks
+    method = CJEPA(
+        make_config(
+            model__size="32x2x4",
+            predictor__width=16,
+            data__image_size=16,
+            vicreg__weight=0.3,
+            vicreg__views="context_target",
+        )
+    )
+    images = rng.integers(256, size=(4, 16, 16, 1), dtype=np.uint8)
+    empty = masks._replace(context_valid=masks.context_valid & (np.arange(4) < 3)[:, None])
+    averages = {"target_encoder": params["encoder"]}
+
+    def loss(params, masks):
+        outputs = method.forward(params, averages, MaskedImages(images, masks))
+        return method.loss(params, outputs)[0], outputs["context_mean"]
+
+    compute = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (total, means), gradients = compute(params, empty)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((total, gradients)))
+    np.testing.assert_array_equal(means[3], 0)
+    np.testing.assert_allclose(means[:3], compute(params, masks)[0][1][:3], rtol=1e-6)
 
 
 def predict(networks, context, masks):

@@ -134,8 +134,10 @@ class CJEPA(EncoderMethod):
             "features": full_target.mean(axis=1),
         }
         if self.config.vicreg.views == "context_target":
+            # Many target blocks can cover all of a context, whose mean is 0 then.
+            kept = masks.context_valid.sum(axis=1, keepdims=True, dtype=jnp.float32)
             outputs |= {
-                "context_mean": context.mean(axis=1, where=masks.context_valid[..., None]),
+                "context_mean": context.sum(axis=1, where=masks.context_valid[..., None]) / jnp.maximum(kept, 1),
                 "target_mean": target.mean(axis=(1, 2), where=masks.target_valid[..., None]),
             }
         return outputs if inputs.seeds is None else {**outputs, "seeds": inputs.seeds}

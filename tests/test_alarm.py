@@ -1,7 +1,6 @@
 """A collapse is said while it happens, once, and ends the run where that is wished; a healthy run says nothing."""
 
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from cjepa_jax.settings import parse
 from cjepa_jax.train.alarm import Alarm
 from cjepa_jax.train.loop import train
 from cjepa_jax.train.nonfinite import DivergedError
+from tests import helpers
 
 # Step, rep/std, rep/rank and rep/cosine of configs/digits.py, seed 0, of 1,123 steps (docs/reliability.md).
 HEALTHY = [  # without EMA
@@ -112,7 +112,7 @@ def test_the_loop_warns_and_goes_on_or_saves_and_ends(shrinking, tmp_path, capsy
     workdir = epath.Path(tmp_path / "stopped")
     with pytest.raises(DivergedError, match="features are collapsing: at step ") as error:
         train(shrinking("stop"), workdir)
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = helpers.lines(workdir)
     assert lines[0]["step"] == 1 and lines[0]["rep/collapsed"] == 0
     (saved,) = [int(path.name) for path in (workdir / "checkpoints").iterdir() if path.is_dir()]
     assert f"saved at step {saved};" in str(error.value) and "\n" not in str(error.value)

@@ -20,6 +20,7 @@ from cjepa_jax.data import pipeline, sources
 from cjepa_jax.data.decode import UnreadableError
 from cjepa_jax.data.prepare import prepare
 from cjepa_jax.errors import UserError
+from tests.helpers import encoded
 
 PHOTO = Image.open(pathlib.Path(sklearn.datasets.__file__).parent / "images" / "china.jpg")
 MEAN = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "image_size": 16, "batch_size": 8}
@@ -33,9 +34,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def jpeg(i: int) -> bytes:
-    file = io.BytesIO()
-    PHOTO.crop((7 * i, 3 * i, 7 * i + 40, 3 * i + 30)).save(file, "JPEG")
-    return file.getvalue()
+    return encoded(PHOTO.crop((7 * i, 3 * i, 7 * i + 40, 3 * i + 30)), "JPEG")
 
 
 def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:

@@ -1,13 +1,12 @@
 """The labels that VTAB derives from Clevr's scenes, read from a data set in TFDS' own format."""
 
-import io
-
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
 from cjepa_jax.data import pipeline, sources
+from tests.helpers import encoded
 
 CLASSES = {
     "color": ["gray", "blue", "brown", "yellow", "red", "green", "purple", "cyan"],
@@ -50,8 +49,7 @@ class Clevr(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _generate_examples(self, split):
         for i, depths in enumerate(SCENES[split]):
-            file = io.BytesIO()
-            Image.new("RGB", (24, 16), (i, i, i)).save(file, "png")
+            image = encoded(Image.new("RGB", (24, 16), (i, i, i)))
             objects = [
                 {key: k % len(names) for key, names in CLASSES.items()}
                 | {"rotation": 30.0, "3d_coords": [1.0, 2.0, 3.0], "pixel_coords": [200.0, 5.0, depth]}
@@ -59,7 +57,7 @@ class Clevr(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             ]
             answers = [{"question": "How many?", "answer": str(len(depths))}]
             name = f"CLEVR_{split}_{i}.png"
-            yield name, {"image": file.getvalue(), "file_name": name, "objects": objects, "question_answer": answers}
+            yield name, {"image": image, "file_name": name, "objects": objects, "question_answer": answers}
 
 
 @pytest.fixture(scope="module")

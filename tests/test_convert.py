@@ -31,6 +31,7 @@ from cjepa_jax.pretrained import Pretrained
 from cjepa_jax.train.loop import train
 from tests import commands, torch_ijepa
 from tests.conftest import small
+from tests.helpers import lines, same
 
 ROOT = pathlib.Path(__file__).parents[1]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -135,10 +136,6 @@ def features(kind, path, images, size):
 def assert_close(found, wanted):
     assert found.shape == wanted.shape
     assert np.abs(found - wanted).max() <= TOLERANCE * np.abs(wanted).max()
-
-
-def same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def make_images(size, seed=1):
@@ -649,10 +646,7 @@ def test_pretraining_goes_on_from_an_import(tmp_path):
 
 def test_the_card_quotes_the_run(sharded, tmp_path):
     workdir, _ = sharded
-    loss = {
-        line["step"]: line["loss/total"]
-        for line in map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    }
+    loss = {line["step"]: line["loss/total"] for line in lines(workdir)}
     with (workdir / "metrics.jsonl").open("a") as file:  # a run with evaluation leaves such a line at its end
         file.write(json.dumps({"step": 2, "eval/knn": 0.625}) + "\n")
     tables = {"trained": {"knn": 0.625, "linear": 0.75}, "untrained": {"knn": 0.5}}

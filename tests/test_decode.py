@@ -15,6 +15,7 @@ from PIL import Image, ImageEnhance
 from cjepa_jax.data import decode
 from cjepa_jax.data.augment import Augmentation, augment
 from cjepa_jax.errors import UserError
+from tests.helpers import encoded
 
 PHOTOS = sorted((pathlib.Path(sklearn.datasets.__file__).parent / "images").glob("*.jpg"))  # two JPEGs of 640x427
 
@@ -105,12 +106,6 @@ def crop(picture, box=None, *, size=24, channels=3, decoder="fast"):
     return decode.crop(
         picture, lambda w, h: box or (0, 0, w, h), shape=(size, size), channels=channels, decoder=decoder
     )
-
-
-def encoded(image, form="png", **options):
-    file = io.BytesIO()
-    image.save(file, form, **options)
-    return file.getvalue()
 
 
 @pytest.mark.parametrize("size, box", [(224, (100, 30, 480, 370)), (32, (0, 0, 640, 427)), (224, (40, 50, 120, 110))])

@@ -18,6 +18,7 @@ from cjepa_jax.errors import UserError
 from cjepa_jax.tpu import chips
 from cjepa_jax.train import distributed, lock
 from tests.commands import QUICK, Command, run
+from tests.helpers import lines
 
 SMALL = [
     "--config=configs/digits.py",
@@ -63,10 +64,6 @@ def finish(processes: list[Command], *codes: int) -> list[str]:
     found = [process.returncode for process in processes]
     assert found == list(codes or [0] * len(processes)), "\n\n".join(said)
     return said
-
-
-def lines(workdir: pathlib.Path) -> list[dict]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def losses(workdir: pathlib.Path) -> list[float]:

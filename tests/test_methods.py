@@ -18,6 +18,7 @@ from cjepa_jax.errors import UserError
 from cjepa_jax.methods.base import Method
 from cjepa_jax.settings import group, parse, setting
 from cjepa_jax.train.loop import train
+from tests.helpers import lines
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,10 +67,6 @@ def twins(monkeypatch):
     run = dict(epochs=1.0, warmup_epochs=0.2, learning_rate=0.05, weight_decay_end=0.04)
     values = dict(method="twins", data=data, optim=run, log=dict(every=1), checkpoint=dict(every=5))
     return lambda **changes: parse(values | changes, methods.find_method(values).settings)
-
-
-def lines(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_method_of_a_dozen_lines_trains_and_resumes(twins, tmp_path):

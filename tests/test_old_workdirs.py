@@ -22,7 +22,7 @@ from cjepa_jax.methods import find_method
 from cjepa_jax.settings import parse
 from cjepa_jax.train.loop import train
 from configs import digits, finetune_digits
-from tests import commands
+from tests import commands, helpers
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 TEN_STEPS = {"log.every": 1, "checkpoint.every": 5, "eval.every": 4, "data.batch_size": 16}
@@ -80,7 +80,7 @@ def test_pretraining_resumes_as_it_was_begun(old, capfd):
     check_the_last_five_steps(state, then, lambda averages: averages["target_encoder"])
     assert "optim.schedule_offset = 0, as when this workdir was begun" in capfd.readouterr().err
     assert json.loads((workdir / "config.json").read_text())["optim.schedule_offset"] == 0
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = helpers.lines(workdir)
     assert [line["step"] for line in lines if "loss/total" in line] == list(range(1, 11))
 
 

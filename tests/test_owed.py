@@ -10,13 +10,13 @@ from etils import epath
 from cjepa_jax.evaluate import during
 from cjepa_jax.train import loop
 from cjepa_jax.train.writer import TIMED
+from tests import helpers
 
 
 def lines(workdir: pathlib.Path) -> list[dict[str, float]]:
     """metrics.jsonl without what depends on the clock."""
     timed = TIMED | {"eval/seconds"}
-    parsed = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return [{name: value for name, value in line.items() if name not in timed} for line in parsed]
+    return [{name: value for name, value in line.items() if name not in timed} for line in helpers.lines(workdir)]
 
 
 def results(workdir: pathlib.Path):

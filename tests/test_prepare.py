@@ -20,6 +20,7 @@ from cjepa_jax import signals
 from cjepa_jax.data import decode, prepare, shard_file, sources
 from cjepa_jax.errors import UserError
 from tests import commands
+from tests.helpers import encoded
 
 BICUBIC, LANCZOS = Image.Resampling.BICUBIC, Image.Resampling.LANCZOS
 
@@ -32,16 +33,10 @@ def picture(width, height, mode="RGB", seed=0):
     return Image.merge(mode, bands)
 
 
-def encoded(image, form="JPEG", **options):
-    file = io.BytesIO()
-    image.save(file, form, **options)
-    return file.getvalue()
-
-
 def rotated(image):
     exif = Image.Exif()
     exif[0x0112] = 6
-    return encoded(image, exif=exif, quality=97, subsampling=0)
+    return encoded(image, "JPEG", exif=exif, quality=97, subsampling=0)
 
 
 def fill(root, files):
@@ -51,7 +46,7 @@ def fill(root, files):
 
 
 def small_jpegs(count, prefix=""):
-    return {f"{prefix}{'ab'[i % 2]}/{i}.jpg": encoded(picture(12, 10, seed=i)) for i in range(count)}
+    return {f"{prefix}{'ab'[i % 2]}/{i}.jpg": encoded(picture(12, 10, seed=i), "JPEG") for i in range(count)}
 
 
 def in_hash_order(paths):
@@ -123,14 +118,17 @@ def test_training_sees_the_same_sequence_as_in_the_folder(tmp_path, source, shar
 
 
 def test_images_without_labels_get_minus_one(tmp_path):
-    fill(tmp_path / "in", small_jpegs(4, "train/") | {"test/x.jpg": encoded(picture(9, 9))})
+    fill(tmp_path / "in", small_jpegs(4, "train/") | {"test/x.jpg": encoded(picture(9, 9), "JPEG")})
     prepare.prepare(str(tmp_path / "in"), str(tmp_path / "out"))
     assert [record["label"] for record in read(tmp_path / "out", "test")[1]] == [-1]
     assert sorted(record["label"] for record in read(tmp_path / "out")[1]) == [0, 0, 1, 1]
 
 
 def test_a_folder_without_classes_has_no_labels(tmp_path):
-    fill(tmp_path / "in", {"x.jpg": encoded(picture(9, 9)), os.fsdecode(b"\xff\xc3\xbc.jpg"): encoded(picture(8, 8))})
+    fill(
+        tmp_path / "in",
+        {"x.jpg": encoded(picture(9, 9), "JPEG"), os.fsdecode(b"\xff\xc3\xbc.jpg"): encoded(picture(8, 8), "JPEG")},
+    )
     prepare.prepare(str(tmp_path / "in"), str(tmp_path / "out"))
     builder, records = read(tmp_path / "out")
     assert set(builder.info.features) == {"image", "file_name"}
@@ -167,8 +165,8 @@ def test_few_results_are_held(monkeypatch):
 @pytest.mark.parametrize(
     "raw",
     [
-        encoded(picture(320, 900)),
-        encoded(picture(20, 10, "L")),
+        encoded(picture(320, 900), "JPEG"),
+        encoded(picture(20, 10, "L"), "JPEG"),
         encoded(picture(320, 400), "PNG"),
         encoded(picture(8, 8, "RGBA"), "PNG"),
         encoded(picture(30, 20), "WEBP", lossless=True),
@@ -185,15 +183,15 @@ GREY16 = Image.fromarray(np.asarray(picture(400, 500, "L")).astype(np.uint16) * 
 @pytest.mark.parametrize(
     "raw, expected",
     [
-        (encoded(picture(500, 375), quality=97), picture(500, 375)),
-        (encoded(picture(375, 1001), quality=97), picture(375, 1001)),
-        (encoded(picture(321, 330, "L"), quality=97), picture(321, 330, "L")),
+        (encoded(picture(500, 375), "JPEG", quality=97), picture(500, 375)),
+        (encoded(picture(375, 1001), "JPEG", quality=97), picture(375, 1001)),
+        (encoded(picture(321, 330, "L"), "JPEG", quality=97), picture(321, 330, "L")),
         (encoded(picture(400, 500), "PNG"), picture(400, 500)),
         (encoded(picture(400, 500, "L"), "PNG"), picture(400, 500, "L")),
         (encoded(GREY16, "PNG"), picture(400, 500, "L")),
         (encoded(picture(400, 500, "L").convert("1", dither=Image.Dither.NONE), "PNG"), None),
-        (encoded(picture(400, 500).convert("CMYK")), picture(400, 500)),
-        (encoded(picture(40, 50).convert("CMYK")), picture(40, 50)),
+        (encoded(picture(400, 500).convert("CMYK"), "JPEG"), picture(400, 500)),
+        (encoded(picture(40, 50).convert("CMYK"), "JPEG"), picture(40, 50)),
         (rotated(picture(500, 400)), picture(500, 400).rotate(270, expand=True)),
         (rotated(picture(50, 40)), picture(50, 40).rotate(270, expand=True)),
         (
@@ -213,7 +211,7 @@ def test_other_images_become_upright_jpegs_no_larger_than_asked(raw, expected, q
         assert min(expected.size) == 320
     assert (stored.format, stored.mode, stored.size) == ("JPEG", expected.mode, expected.size)
     assert stored.getexif().get(0x0112, 1) == 1
-    reference = Image.open(io.BytesIO(encoded(expected, quality=quality)))
+    reference = Image.open(io.BytesIO(encoded(expected, "JPEG", quality=quality)))
     assert stored.quantization == reference.quantization
     difference = np.asarray(stored).astype(int) - np.asarray(reference)
     assert np.sqrt(np.mean(np.square(difference))) < 3
@@ -221,7 +219,7 @@ def test_other_images_become_upright_jpegs_no_larger_than_asked(raw, expected, q
 
 def test_shrinking_is_lanczos():
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (400, 500, 3), np.uint8))
-    expected = encoded(noise.resize((400, 320), LANCZOS), quality=85)
+    expected = encoded(noise.resize((400, 320), LANCZOS), "JPEG", quality=85)
     assert decode.shrink_file(encoded(noise, "PNG"), short_side=320, quality=85) == expected
 
 
@@ -233,14 +231,14 @@ def damaged(raw):
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (400, 500, 3), np.uint8))
 BAD = {
-    "a/cut.jpg": encoded(NOISE)[:-2000],
-    "a/small_cut.jpg": encoded(picture(100, 100))[:-100],
-    "b/damaged.jpg": damaged(encoded(NOISE)),
-    "b/small_damaged.jpg": damaged(encoded(NOISE.resize((100, 100)))),
+    "a/cut.jpg": encoded(NOISE, "JPEG")[:-2000],
+    "a/small_cut.jpg": encoded(picture(100, 100), "JPEG")[:-100],
+    "b/damaged.jpg": damaged(encoded(NOISE, "JPEG")),
+    "b/small_damaged.jpg": damaged(encoded(NOISE.resize((100, 100)), "JPEG")),
     "a/page.jpg": b"<html><body>404</body></html>",
     "b/empty.png": b"",
     "a/cut.png": encoded(picture(100, 100), "PNG")[:-300],
-    "b/head.jpg": encoded(NOISE)[:100],
+    "b/head.jpg": encoded(NOISE, "JPEG")[:100],
 }
 
 
@@ -401,7 +399,7 @@ def test_a_full_disk_is_one_line(tmp_path, source, shards_of_8, monkeypatch, cap
 
 
 def more_images(source):
-    fill(source, {"a/new.jpg": encoded(picture(9, 9))})
+    fill(source, {"a/new.jpg": encoded(picture(9, 9), "JPEG")})
 
 
 def a_new_class(source):
@@ -482,7 +480,7 @@ def test_archives_beside_images_are_refused(tmp_path, source):
 
 
 def test_a_name_that_tfds_would_change_is_refused(tmp_path, source):
-    fill(source, {"b /0.jpg": encoded(picture(9, 9))})
+    fill(source, {"b /0.jpg": encoded(picture(9, 9), "JPEG")})
     with pytest.raises(UserError, match=r"'b '.*rename"):
         prepare.prepare(str(source), str(tmp_path / "out"))
 

@@ -14,6 +14,7 @@ from cjepa_jax.interop.tensors import ImportOptions
 from cjepa_jax.train.loop import train
 from cjepa_jax.train.setup import set_up
 from tests import commands
+from tests.helpers import same
 
 ALL = ("encoder", "predictor", "target_encoder")
 
@@ -26,10 +27,6 @@ def trained(tmp_path_factory):
     workdir = epath.Path(tmp_path_factory.mktemp("runs")) / "trained"
     config = small(data__train_split="train[:64]", optim__epochs=1.0, optim__warmup_epochs=0.0, checkpoint__every=2)
     return workdir, train(config, workdir)
-
-
-def same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def test_load_gives_the_networks_of_the_newest_checkpoint(trained):

@@ -31,7 +31,7 @@ from cjepa_jax.models.masking import Mask, Masks, context_tokens, sample_masks, 
 from cjepa_jax.models.vit import interpolate_positions, patchify, sincos_positions
 from cjepa_jax.settings import parse
 from cjepa_jax.train.loop import train
-from tests import commands
+from tests import commands, helpers
 from tests.conftest import small
 from tests.test_convert import (
     MEAN,
@@ -296,7 +296,7 @@ def workdir(files, tmp_path_factory):
 
 def test_the_command_trains_and_evaluates(workdir):
     path, config = workdir
-    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    lines = helpers.lines(path)
     assert lines[-1]["step"] == 12 and all(np.isfinite(line.get("loss/total", 0.0)) for line in lines)
     results = json.loads((path / "evaluation.json").read_text())["results"]
     assert results["knn"]["raw pixels"]["weighted"] > 0.9

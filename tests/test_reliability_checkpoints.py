@@ -27,6 +27,7 @@ from cjepa_jax.train.trouble import Trouble
 from cjepa_jax.train.writer import Writer, read
 from tests import commands
 from tests.conftest import small
+from tests.helpers import same
 from tests.test_hosts import finish, start
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -49,10 +50,6 @@ def trained(tmp_path_factory):
 def workdir(trained, tmp_path):
     shutil.copytree(trained[0], tmp_path / "run")
     return epath.Path(tmp_path / "run")
-
-
-def same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
 
 
 def steps(workdir):

@@ -23,6 +23,7 @@ from cjepa_jax.models.vit import normalise, patchify
 from cjepa_jax.tpu import flops
 from cjepa_jax.train.loop import train
 from cjepa_jax.train.writer import TIMED
+from tests.helpers import lines
 from tests.siamese import WIDTH, small_config, small_method
 from tests.test_microbatch import assert_same, exchanges, flops_of_products, gradient
 
@@ -85,10 +86,6 @@ def finished(request, tmp_path_factory):
     run = dict(optim__epochs=1.0, optim__warmup_epochs=0.2, log__every=1, checkpoint__every=3)
     config = small_config(request.param, **splits, **run, eval__every=6, eval__draws=1, eval__shots=2)
     return workdir, config, jax.device_get(train(config, workdir))
-
-
-def lines(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize(

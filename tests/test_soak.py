@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from cjepa_jax.train.writer import TIMED
+from tests import helpers
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = int(os.environ.get("SOAK_STEPS", "40000"))
@@ -121,7 +122,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, *arrays)
     metrics = []
     for workdir in (whole, killed):
-        found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        found = helpers.lines(workdir)
         metrics.append([{k: v for k, v in line.items() if k not in TIMED} for line in found])
     assert metrics[0] == metrics[1] and len(metrics[0]) == steps
     print(

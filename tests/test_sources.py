@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import io
 import os
 import pathlib
 import shutil
@@ -16,12 +15,7 @@ from sklearn.datasets import load_digits
 
 from cjepa_jax.data import folder, pipeline, sources
 from cjepa_jax.errors import UserError
-
-
-def encoded(image, form="png"):
-    file = io.BytesIO()
-    image.save(file, form)
-    return file.getvalue()
+from tests.helpers import encoded
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ from cjepa_jax.train.setup import set_up
 from cjepa_jax.train.writer import TIMED
 from configs import finetune_digits, finetune_folder, finetune_vitb16
 from tests import commands
+from tests.helpers import lines, same
 
 ROOT = pathlib.Path(__file__).parents[1]
 RUN = dict(data__train_split="train[:96]", optim__epochs=1.0, optim__warmup_epochs=0.2, checkpoint__every=3)
@@ -77,14 +78,6 @@ def finished(network, tmp_path_factory) -> tuple[pathlib.Path, step.TrainState]:
     """The workdir and the last state of six steps, checkpoints at 3 and 6."""
     workdir = tmp_path_factory.mktemp("runs") / "finished"
     return workdir, finetune(settings(**RUN, eval__every=4), network, epath.Path(workdir))
-
-
-def lines(workdir: pathlib.Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 # One step, on any mesh

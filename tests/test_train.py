@@ -25,6 +25,7 @@ from cjepa_jax.settings import flatten
 from cjepa_jax.train import checkpoint, loop, nonfinite, setup
 from cjepa_jax.train.writer import TIMED
 from tests import commands
+from tests.helpers import lines
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = [
@@ -44,10 +45,6 @@ def run(*arguments: str, code: int = 0) -> str:
     done = commands.run("cjepa_jax.main", *arguments)
     assert done.returncode == code, done.stderr
     return done.stdout + done.stderr
-
-
-def lines(workdir: pathlib.Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def saved_state(workdir: pathlib.Path, step: int):

@@ -1,7 +1,6 @@
 """What a line of metrics says about speed, memory and time, and that it fits the screen."""
 
 import fcntl
-import json
 import os
 import pty
 import re
@@ -18,6 +17,7 @@ from cjepa_jax import plots
 from cjepa_jax.methods.cjepa import CJEPA
 from cjepa_jax.tpu import chips, flops
 from cjepa_jax.train import loop, writer
+from tests import helpers
 
 METRICS = {"loss/total": 0.123456, "loss/prediction": 0.1, "loss/variance": 0.01, "loss/invariance": 0.02}
 METRICS |= {"loss/covariance": 0.03, "rep/std": 0.9, "rep/rank": 123.4, "lr": 5e-4}
@@ -40,7 +40,7 @@ def two_lines(workdir, clock, *, steps=1000, **options) -> list[dict[str, float]
         log.tick(step, 0.0)
         log.write(step, METRICS)
     log.close()
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return helpers.lines(workdir)
 
 
 def test_speed_memory_and_time(tmp_path, clock, capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""Checksums of arrays: where the arrays live, on host or devices, whole or sharded, and always the same number.
+"""Computes checksums of arrays on the host or on devices; an array has the same checksum whole and sharded.
 
 A checksum is the sum, modulo 2^32, of a hash of each element's bits and its position. A single changed element changes
 its term, and thereby the sum, for certain; any other damage goes unnoticed with a chance of 2^-32. Sums of integers do
@@ -42,8 +42,8 @@ def differences(found: Mapping[str, int], wanted: Mapping[str, int]) -> str:
     wrong = [name for name, number in found.items() if wanted.get(name) != number]
     if not wrong:
         return ""
-    more = f" and {len(wrong) - 1} more of {len(found)}" if len(wrong) > 1 else f", 1 of {len(found)},"
-    return one_line(f"array {wrong[0]}{more} not as written, by the checksum")
+    more = f" and {len(wrong) - 1} more of {len(found)} do" if len(wrong) > 1 else f", 1 of {len(found)}, does"
+    return one_line(f"array {wrong[0]}{more} not match the saved checksum")
 
 
 def _mix(bits: Any, position: Any) -> Any:

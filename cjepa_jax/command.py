@@ -21,7 +21,7 @@ from cjepa_jax.tpu import chips
 
 _CONFIG = flags.DEFINE_string("config", None, "The experiment: a file, or the name of a shipped config.")
 _OVERRIDE = re.compile(r"--?(no)?config\.([\w.]+)(=.*)?", re.DOTALL)
-# What is wrong with a path of the user's, wherever that is found out.
+# Errors about a path that the user gave, which end the command with exit code 2 wherever they are raised.
 _MENDABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 _overrides: list[str] = []  # --config.GROUP.KEY=VALUE, as given
 

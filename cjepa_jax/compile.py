@@ -77,12 +77,12 @@ def _run() -> None:
     output.write_text(json.dumps(report, indent=1) + "\n")
     print(f"{name} on {topology}, {config.model.size}/{config.model.patch_size}\n{table}\n\n{cost.METHOD}")
     if not report["clock_calibrated"]:
-        print(f"The clock of {topology[:3]} is not calibrated: times rank designs and say nothing more.")
+        print(f"The clock of {topology[:3]} is not calibrated: the times can rank designs, but predict no real times.")
     print(f"All numbers: {output}")
 
 
 def main() -> None:
-    """Exit code 0; 2 after a mistake that the user can mend, or where the step does not fit; 1 after any other."""
+    """Runs the command; its exit codes are those that --help names."""
     command.run(_run, __doc__)
 
 

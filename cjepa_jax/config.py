@@ -28,8 +28,8 @@ class Data:
         "npz: the file. folder, webdataset, parquet: the folder. Others: where TFDS looks, by default its own.",
     )
     train_split: str = setting("train", "The images to train on, in TFDS' syntax with slices: train[:80%].")
-    test_split: str = setting("test", "The images to judge by.")
-    image_size: int = setting(224, "Pixels a side after cropping, or of height.", within="[1, 8192]")
+    test_split: str = setting("test", "The images to evaluate on.")
+    image_size: int = setting(224, "Pixels per side after cropping, or of height.", within="[1, 8192]")
     image_width: int = setting(
         0, "Pixels of width, where image_size is only the height; 0: the images are square.", within="[0, 8192]"
     )
@@ -38,7 +38,7 @@ class Data:
     )
     crop_ratio: tuple[float, float] = setting(
         (3 / 4, 4 / 3),
-        "And its aspect ratio, drawn in log space, in multiples of the result's; that of a square is 1.",
+        "Random-resized crop: its width / height relative to that of the result, drawn uniformly in log space.",
         within="[0.01, 100]",
     )
     flip: float = setting(0.0, "Probability of a horizontal flip.", within="[0, 1]")
@@ -56,10 +56,10 @@ class Data:
     )
     batch_size: int = setting(256, "Images of a step, over all devices and hosts.", within="[2, 1048576]")
     decoder: Literal["fast", "pillow"] = setting(
-        "fast", "simplejpeg and OpenCV, or exactly as torchvision, which is slower."
+        "fast", "simplejpeg and OpenCV (fast), or the same pixels as torchvision, which is slower (pillow)."
     )
     threads: int = setting(
-        0, "Decoding threads of a process, 0: one a core. They have no influence on the batches.", within="[0, 1024]"
+        0, "Decoding threads of a process, 0: one per core. They have no influence on the batches.", within="[0, 1024]"
     )
     prefetch: int = setting(2, "Batches read ahead by a process.", within="[1, 1024]")
     read_timeout: float = setting(
@@ -111,7 +111,7 @@ class Model:
     size: str = setting("B", "Ti, S, B, L, H, g, or WIDTHxDEPTHxHEADS[xMLP_RATIO], such as 64x3x4.")
     patch_size: int = setting(
         16,
-        "Pixels a side of a patch; 0: the largest of 16, 8, 4 and 2 that divides the image into 8x8 patches or more.",
+        "Pixels per side of a patch; 0: the largest of 16, 8, 4 and 2 that divides the image into 8x8 patches or more.",
         within="[0, 1024]",
     )
     init: Literal["normal", "fan_in"] = setting(
@@ -136,13 +136,13 @@ class Model:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optim:
-    """AdamW; the learning rate warms up linearly and decays on a cosine, weight decay moves on one."""
+    """AdamW: the learning rate warms up linearly, then decays on a cosine; the weight decay follows another cosine."""
 
     epochs: float = setting(100.0, "Length of the run, in passes over the training images.", within="(0, 1e6]")
-    warmup_epochs: float = setting(15.0, "Of these, with a rising learning rate.", within="[0, 1e6]")
-    learning_rate_start: float = setting(1e-4, "At the first step.", within="[0, 1e30]")
-    learning_rate: float = setting(1e-3, "At the end of the warm-up.", within="[0, 1e30]")
-    learning_rate_end: float = setting(1e-6, "At the last step.", within="[0, 1e30]")
+    warmup_epochs: float = setting(15.0, "Epochs at the start with a rising learning rate.", within="[0, 1e6]")
+    learning_rate_start: float = setting(1e-4, "Learning rate at the first step.", within="[0, 1e30]")
+    learning_rate: float = setting(1e-3, "Learning rate at the end of the warm-up.", within="[0, 1e30]")
+    learning_rate_end: float = setting(1e-6, "Learning rate at the last step.", within="[0, 1e30]")
     rates_for_batch: int = setting(
         0,
         "Images of the batch that the learning rates are meant for: they are multiplied by the square root of "
@@ -173,7 +173,8 @@ class Optim:
     )
     schedule_offset: int = setting(
         1,
-        "Step k, from 0, takes learning rate and weight decay of k + this; 1 is what I-JEPA's released code does.",
+        "Step k, counted from 0, uses the learning rate and weight decay of step k + optim.schedule_offset; 1 is what "
+        "I-JEPA's released code does.",
         before=0,
         within="[0, 1]",
     )
@@ -220,8 +221,8 @@ class Mesh:
     def __post_init__(self):
         require(
             self.parameters != "replicated" or self.fsdp <= 1,
-            f"mesh.fsdp = {self.fsdp} does not go with mesh.parameters = 'replicated', which cuts nothing; 'zero1' and "
-            "'fsdp' do",
+            f"mesh.fsdp = {self.fsdp} does not go with mesh.parameters = 'replicated', which shards nothing; use "
+            "'zero1' or 'fsdp', or leave mesh.fsdp out",
         )
 
 
@@ -231,7 +232,7 @@ class Log:
 
     every: int = setting(50, "Steps between log lines.", within="[1, 1e9]")
     to: tuple[Literal["wandb", "mlflow"], ...] = setting(
-        (), "Experiment trackers that get the lines, too; where they send them, their environment variables say."
+        (), "Experiment trackers that also get each line; their own environment variables say where it is sent."
     )
     collapse: Literal["warn", "stop", "off"] = setting(
         "warn",
@@ -275,20 +276,20 @@ class Eval:
         10_000, "Images of each split, at most: a random sample, always the same; 0: all.", within="[0, 1e9]"
     )
     crop_fraction: float = setting(
-        0.875, "Side of the central crop over that of the largest one of its shape.", within="[0.01, 1]"
+        0.875, "Side of the central crop, as a share of the largest one with its aspect ratio.", within="[0.01, 1]"
     )
     source: SourceKind | None = setting(
         None,
-        "Images with labels to evaluate on, where they are not those of `data`: the kind of data set. Of this and the "
-        "four settings below, what is None is as in `data`; but beside a source, name and data_dir are then empty.",
+        "The kind of data set with labels to evaluate on, where it is not that of `data`. This and the next four "
+        "settings are those of `data` where they are None; but with a source given, name and data_dir are empty then.",
     )
     name: str | None = setting(None, "Name of a TFDS set.")
     data_dir: str | None = setting(None, "Where the data set lies.")
     train_split: str | None = setting(None, "The images to learn from.")
-    test_split: str | None = setting(None, "The images to judge by.")
+    test_split: str | None = setting(None, "The images to evaluate on.")
     neighbours: int = setting(20, "k of the nearest neighbours.", within="[1, 1e6]")
-    shots: int = setting(10, "Labels of a class, where few labels are used.", within="[1, 1e6]")
-    draws: int = setting(5, "Draws of the few labels.", within="[1, 1000]")
+    shots: int = setting(10, "Labelled images per class, where few labels are used.", within="[1, 1e6]")
+    draws: int = setting(5, "How many times these few labels are drawn at random.", within="[1, 1000]")
 
     def data(self, training: Data) -> Data:
         """Returns where the images to evaluate on come from; `training` says so of those that are trained on."""
@@ -316,7 +317,7 @@ class Config:
     def __post_init__(self):
         require(
             self.mesh.parameters != "fsdp" or self.model.remat != "none",
-            "mesh.parameters = 'fsdp' wants model.remat = 'dots' or 'full': else the backward pass would keep every "
+            "mesh.parameters = 'fsdp' needs model.remat = 'dots' or 'full': else the backward pass would keep every "
             "layer's gathered parameters",
         )
         if self.model.patch_follows_image and self.model.patch_size == 0:

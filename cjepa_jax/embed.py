@@ -12,7 +12,8 @@
 --output=FILE             FILE.npz; FILE.parquet, which needs pyarrow; or a folder, for
                           large sets: files of --shard images each, and the same command
                           goes on where it was stopped
---shard=N                 images a file of a folder; default: 65536, or those of 262144 patches
+--shard=N                 images per file in such a folder; default: 65536, or with
+                          --features=patches as many as have 262144 patches together
 --features=mean           the mean over an image's patches [n, D], or patches: [n, N, D]
 --encoder=target_encoder  or encoder: the context encoder, or that of a fine-tuned network
 --config.data.KEY=VALUE   overrides how images are read: image_size, image_width,

@@ -39,7 +39,7 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
 
 @contextlib.contextmanager
 def saying(flag: str, *, instead_of: str) -> Iterator[None]:
-    """Lets errors name the flag by which a path was given here, where the code that raises them knows another one."""
+    """Replaces the flag `instead_of` by `flag`, by which the user gave the path, in a UserError of its block."""
     try:
         yield
     except UserError as error:

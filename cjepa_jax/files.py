@@ -57,9 +57,9 @@ def _is_installed(module: str) -> bool:
 
 
 def check_writable(path: epath.Path, key: str) -> None:
-    """Raises UserError where nothing can be written to `path`, a folder, or to a new name in a folder that exists.
+    """Raises UserError where no file can be written: in the folder `path`, or, where it does not exist, beside it.
 
-    `key` names the setting. A file without a name is made there to see, and is gone at once.
+    `key` names the setting in the error. The check makes a temporary file without a name, which is gone at once.
     """
     if is_remote(path):
         return
@@ -95,7 +95,7 @@ def read_json(path: epath.Path) -> dict[str, Any]:
 def write_whole(path: epath.Path, content: str | bytes) -> None:
     """Writes a file that is never seen half written, even when the power goes.
 
-    A text is stored as UTF-8; names of files that are none, as `os.fsdecode` gives them, become their bytes again.
+    Text is stored as UTF-8; file names that are not valid UTF-8, read by `os.fsdecode`, get their own bytes back.
     """
     raw = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
     if is_remote(path):  # where a file appears whole

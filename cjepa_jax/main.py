@@ -8,13 +8,13 @@
 --init=DIR                starts from the networks of another checkpoint instead of
                           random ones: a workdir, WORKDIR/checkpoints/STEP, a folder of
                           transformers, or what cjepa_jax.convert wrote; a checkpoint that
-                          holds an encoder alone will do; fine-tuning wants one
+                          holds an encoder alone will do; fine-tuning needs one
 --config.GROUP.KEY=VALUE  overrides any setting, e.g. --config.data.batch_size=256,
                           --config.vicreg.projector="(2048, 2048)"
 --config=FILE --help      lists all settings of the experiment, with their meaning
 --extend                  makes the run in the workdir longer: a larger optim.epochs is allowed,
                           and the schedules follow the new length from there on
---profile=START:STOP      records a trace of these steps in WORKDIR/profile
+--profile=START:STOP      records a trace of steps START + 1 to STOP in WORKDIR/profile
 
 Several processes, each started with the same command, train as one. Slurm and TPU
 slices are recognised; elsewhere each process is told

@@ -94,7 +94,7 @@ def masks(images: np.ndarray, sampled: Masks, path: epath.Path, *, grid: tuple[i
 
 
 def spectra(found: Mapping[str, np.ndarray], path: epath.Path) -> None:
-    """Draws standard deviations along the principal axes, relative to the largest, by the encoder's name."""
+    """Draws for each name standard deviations along principal axes, [k], largest first, as shares of the first."""
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     axes = figure.subplots()
     for name, values in found.items():

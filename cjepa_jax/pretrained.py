@@ -44,7 +44,7 @@ class Pretrained(NamedTuple):
 
     model: Model
     predictor: PredictorConfig | None  # its width and depth, where the checkpoint has one
-    image_size: int  # pixels a side, or of height, in training
+    image_size: int  # pixels per side, or of height, in training
     mean: tuple[float, ...]  # per channel, of values in [0, 1]
     std: tuple[float, ...]
     step: int
@@ -150,7 +150,7 @@ def choose_encoder(path: epath.Path, wanted: str | None) -> str:
 
 
 def digest(params: PyTree) -> str:
-    """Tells these parameters from any others."""
+    """Gives a fingerprint of parameters: the first 16 hexadecimal digits of a SHA-256 of their values."""
     found = hashlib.sha256()
     for leaf in jax.tree.leaves(params):
         found.update(np.ascontiguousarray(leaf).data)

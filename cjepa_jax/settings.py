@@ -3,8 +3,8 @@
 A setting is a field `key: type = setting(default, "What it means.")` of a frozen dataclass; a group of settings is a
 field `name: Group = group(Group, "What it is about.")`. Everywhere else a setting is called "group.key".
 
-A setting that holds numbers also says in which range each of them lies, such as within="(0, 1]", and no range is
-endless: `parse` refuses what lies outside, infinity and NaN among it. A pair of floats is an interval, whose start must
+A setting that holds numbers also says in which range each of them lies, such as within="(0, 1]". Every range is finite:
+`parse` refuses numbers outside it, infinity and NaN included. A pair of floats is an interval, whose start must
 not be above its end. `__post_init__` of a group checks only what concerns several settings.
 
 A setting that is new since checkpoints were written needs no care where its default is what the code did before;
@@ -171,9 +171,10 @@ def adopt(
 ) -> tuple[T, list[str], list[str]]:
     """Compares the settings of a workdir, as flat as its config.json has them, with those of a command.
 
-    Returns the settings to go on with, which are the command's, but for defaults of settings that did not exist when
-    the workdir was begun: those stay as the code was then. Also returns a note about each of these, and "key: old ->
-    new" for each difference that a workdir must not have; `free` are beginnings of names that may differ.
+    Returns the settings to go on with. They are the command's, except that a setting which is newer than the workdir,
+    and has its default in the command, keeps the behaviour that the code had then. Also returns a note about each such
+    setting, and "key: old -> new" for each difference that is not allowed; names that begin with one of `free` may
+    differ.
     """
     kept, changed, notes = {}, [], []
     flat = flatten(config)

@@ -59,7 +59,7 @@ class Stop:
     """Once it listens, the first signal is a request to save and leave; a second one does what signals did before."""
 
     requested = False
-    newest: "Stop | None" = None  # by which one who runs a loop after another knows that it was to be the last
+    newest: "Stop | None" = None  # the last one entered; a study looks there whether its run was told to stop
 
     def __init__(self):
         self._previous: dict[int, Any] = {}

@@ -238,7 +238,7 @@ def test_a_checkpoint_restores_onto_another_mesh_bit_for_bit(make_config, tmp_pa
             {"mesh__fsdp": 2, "mesh__parameters": "replicated"},
             r"mesh\.fsdp = 2 does not go with mesh\.parameters = 'replicated'",
         ),
-        ({"mesh__fsdp": 8, "mesh__parameters": "fsdp"}, r"wants model\.remat = 'dots' or 'full'"),
+        ({"mesh__fsdp": 8, "mesh__parameters": "fsdp"}, r"needs model\.remat = 'dots' or 'full'"),
         ({"data__batch_size": 12}, r"data\.batch_size = 12 is not divisible by the 8 devices"),
     ],
 )

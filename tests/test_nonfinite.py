@@ -61,7 +61,7 @@ def poisoned(monkeypatch):
 @pytest.mark.parametrize(
     "in_gradient, named",
     [
-        (True, "the gradient of encoder/bias is not finite (no other leaf's) at step 7"),
+        (True, "the gradient of encoder/bias is not finite (no other leaf is) at step 7"),
         (False, "loss/term is not finite at step 7"),
     ],
     ids=["gradient", "term"],

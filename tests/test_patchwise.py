@@ -186,7 +186,7 @@ def test_the_query_is_a_patch(save, load, drawn, tmp_path):
         ({}, {"attention__query": (4, 0)}, r"attention\.query = \(4, 0\) is no patch: rows are 0 to 3, columns 0 to 3"),
         ({}, {"attention__query": (0, -1)}, r"attention\.query must be in \[0, 8191\], got -1"),
         ({"patch_size": 8}, {"attention__query": (0, 0)}, r"grids differ, 2x2 and 4x4 patches"),
-        ({"channels": 1}, {}, r"second wants images of 1 channels, the first one of 3"),
+        ({"channels": 1}, {}, r"second takes images of 1 channels, the first one of 3"),
         ({}, {"attention__query": (1,)}, r"attention\.query must be \(\) or \(row, column\), got \(1,\)"),
         ({}, {"attention__images": 0}, r"attention\.images must be in \[1, 1000\], got 0"),
         ({}, {"attention__columns": ("encodr",)}, r"attention\.columns: 'encodr' is not known; did you mean 'encoder'"),

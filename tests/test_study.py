@@ -448,7 +448,7 @@ def test_what_does_not_fit_the_devices_is_said_before_anything_is_written(tmp_pa
 
 def test_plan_measures_in_a_new_workdir_and_writes_nothing(tmp_path):
     said = runs.plan(read(tmp_path / "run"))
-    assert "2 arms; of each 2 trials" in said and "C-JEPA  4 runs of 6 steps, 96 images" in said and "in all" in said
+    assert "2 arms; each has 2 trials" in said and "C-JEPA  4 runs of 6 steps, 96 images" in said and "in all" in said
     assert not (tmp_path / "run").exists()
 
 

@@ -444,7 +444,7 @@ def test_a_frozen_encoder_has_no_backward_pass_to_count():
         ({"optim__layer_decay": 0.0}, r"optim\.layer_decay must be in \(0, 1\]"),
         ({"model__drop_path": 1.0}, r"model\.drop_path must be in \[0, 1\)"),
         ({"optim__epochs": 0.01, "optim__warmup_epochs": 0.0}, r"are less than one batch"),
-        ({"mesh__parameters": "fsdp", "mesh__fsdp": 8}, r"wants model\.remat = 'dots' or 'full'"),
+        ({"mesh__parameters": "fsdp", "mesh__fsdp": 8}, r"needs model\.remat = 'dots' or 'full'"),
     ],
 )
 def test_bad_settings_are_one_line_before_compilation(overrides, message, network, tmp_path, monkeypatch):

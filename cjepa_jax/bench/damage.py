@@ -3,7 +3,7 @@
     python -m cjepa_jax.bench.damage
 
 --count=10000   damaged files
---size=224      pixels on a side of a crop
+--size=224      pixels per side of a crop
 --seed=0        of the damage
 
 A damaged file is a small JPEG, PNG, WebP, BMP or GIF file in which bytes, a stretch,
@@ -177,7 +177,7 @@ def _ways(raw: bytes, size: int) -> dict[str, Callable[[], object]]:
 def main() -> None:
     """Runs the command; exit code 0, 2 after a mistake that the user can mend, 1 after any other error."""
     count = flags.DEFINE_integer("count", 10_000, "Damaged files.", lower_bound=1)
-    size = flags.DEFINE_integer("size", 224, "Pixels on a side of a crop.", lower_bound=1)
+    size = flags.DEFINE_integer("size", 224, "Pixels per side of a crop.", lower_bound=1)
     seed = flags.DEFINE_integer("seed", 0, "Of the damage.", lower_bound=0)
 
     def body() -> None:

@@ -3,7 +3,7 @@
     python -m cjepa_jax.bench.input --images=FOLDER
 
 --images=FOLDER   JPEG files, however nested
---size=224        pixels on a side of a crop
+--size=224        pixels per side of a crop
 --count=320       images that are read
 --short-side=256  pixels of the short side of a prepared image
 --rounds=7        turns that each way takes
@@ -235,7 +235,7 @@ def measure(images: str, *, size: int, count: int, short_side: int, rounds: int)
 def main() -> None:
     """Runs the command; exit code 0, 2 after a mistake that the user can mend, 1 after any other error."""
     images = flags.DEFINE_string("images", None, "The folder of images.")
-    size = flags.DEFINE_integer("size", 224, "Pixels on a side of a crop.", lower_bound=1)
+    size = flags.DEFINE_integer("size", 224, "Pixels per side of a crop.", lower_bound=1)
     count = flags.DEFINE_integer("count", 320, "Images that are read.", lower_bound=1)
     short_side = flags.DEFINE_integer("short-side", 256, "Pixels of the short side of a prepared image.", lower_bound=1)
     flags.DEFINE_alias("short_side", "short-side")

@@ -38,7 +38,7 @@ class Archives(NamedTuple):
 
 
 def find_files(root: str, suffix: str) -> dict[str, list[epath.Path]]:
-    """Lists the files by split, which their names or the names of their folders tell; else all are "train"."""
+    """Lists the files by split: the last word of a path that is in SPLITS; a file without one belongs to "train"."""
     folder = epath.Path(os.path.expanduser(root))
     require(folder.is_dir(), f"the folder {root} does not exist")
     found: dict[str, list[epath.Path]] = {}

@@ -7,7 +7,7 @@
 --output=DIR      a new folder
 --short-side=320  pixels; larger images are shrunk to it and encoded as JPEG, others stay as they are
 --quality=90      of that JPEG, 1 to 100
---threads=N       decoding threads; default one a core
+--threads=N       decoding threads; default one per core
 
 Files that cannot be decoded are left out and listed in DIR/skipped.txt. The same
 command goes on where it was stopped. TFDS reads DIR, once it is complete, with

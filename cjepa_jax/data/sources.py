@@ -287,10 +287,10 @@ def _how_to_prepare(builder: Any, data: Data, reason: str) -> str:
     command = f"import tensorflow_datasets as tfds; tfds.builder({arguments}).download_and_prepare()"
     manual = builder.MANUAL_DOWNLOAD_INSTRUCTIONS
     root = os.path.dirname(os.path.dirname(str(builder.data_path)))
-    where = f" First, into {root}/downloads/manual: {one_line(manual)}" if manual else ""
+    where = f" First put the files into {root}/downloads/manual: {one_line(manual)}" if manual else ""
     return (
-        f"{data.name} could not be prepared in {root} ({reason[:300]}).{where} Then, where TensorFlow is installed "
-        f'too, which some sets need to be built: python -c "{command}". Images in folders need neither: see '
+        f"{data.name} could not be prepared in {root} ({reason[:300]}).{where} Then install TensorFlow, which some "
+        f'sets need, and run: python -c "{command}". Images in folders need no TensorFlow: see '
         "python -m cjepa_jax.data.prepare --help"
     )
 
@@ -332,8 +332,8 @@ def _archive(data: Data, split: str) -> Source:
 
 def _own(data: Data, split: str) -> Source:
     raise UserError(
-        "data.source = 'own' are images that a program gave to cjepa_jax.train, and cannot be found again: name the "
-        "images by data.source and data.data_dir; in training, eval.every=0 needs none"
+        "data.source = 'own' are images that a program gave to cjepa_jax.train, and they cannot be found again: name "
+        "the images by data.source and data.data_dir, or, in training, switch evaluation off by eval.every=0"
     )
 
 

@@ -34,7 +34,7 @@ class StalledError(UserError):
 
 @contextlib.contextmanager
 def reading(name: Callable[[], str]) -> Iterator[None]:
-    """Says of the code that runs in it that it reads the file `name()`."""
+    """Marks its block as reading the file `name()`, so that `result` can name a file that does not come."""
     thread = threading.get_ident()
     _reads[thread] = name, time.monotonic()
     try:

@@ -139,7 +139,7 @@ def _encoders(frozen: Frozen, checkpoints: Mapping[str, epath.Path], columns: Se
         channels = len(networks.mean)
         require(
             channels == frozen.data.channels,
-            f"checkpoint {path} wants images of {channels} channels, the first one of {frozen.data.channels}",
+            f"checkpoint {path} takes images of {channels} channels, the first one of {frozen.data.channels}",
         )
         encoder = encoder_for(networks.model, image_shape=frozen.data.image_shape, trained_shape=networks.image_shape)
         for name in names:

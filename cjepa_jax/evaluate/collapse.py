@@ -166,7 +166,7 @@ def alignment(views: jax.Array) -> jax.Array:
 def uniformity(features: jax.Array) -> jax.Array:
     """Computes the log of the mean of exp(-2 |x - y|^2) over pairs of [n, D] on the unit sphere.
 
-    It is 0 when all coincide, and at least -4.
+    It is 0 when all coincide, and at least -4 n / (n - 1).
 
     Wang and Isola 2020, with t = 2.
     """
@@ -181,9 +181,9 @@ def uniformity(features: jax.Array) -> jax.Array:
 
 @jax.jit
 def lidar(views: jax.Array) -> jax.Array:
-    """Computes the effective rank of what tells images apart in views [n, Q, D].
+    """Computes LiDAR of views [n, Q, D]: the effective rank of the differences between images.
 
-    The unit is how the views of an image differ.
+    They are measured relative to the differences between the views of one image.
 
     Thilak et al. 2023 (arXiv 2312.04000): exp of the entropy of the normalised
     eigenvalues of S_w^-1/2 S_b S_w^-1/2, with S_b the covariance of the images'

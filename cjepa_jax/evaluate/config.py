@@ -23,15 +23,15 @@ from cjepa_jax.settings import group, parse_flat, setting
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Images:
-    """The images; what is None is as in the checkpoint's config.json."""
+    """The images; a setting that is None is taken from the checkpoint's config.json."""
 
     source: config.SourceKind | None = setting(None, "The kind of data set; see docs/data.md.")
     name: str | None = setting(None, "Name of a TFDS set.")
     data_dir: str | None = setting(None, "Where the data set lies.")
     train_split: str | None = setting(None, "The images to learn from.")
-    test_split: str | None = setting(None, "The images to judge by.")
+    test_split: str | None = setting(None, "The images to evaluate on.")
     image_size: int | None = setting(
-        None, "Pixels a side, or of height; other ones than in training interpolate positions.", within="[1, 8192]"
+        None, "Pixels per side, or of height; positions are interpolated where training had others.", within="[1, 8192]"
     )
     image_width: int | None = setting(
         None, "Pixels of width, where image_size is only the height; 0: the images are square.", within="[0, 8192]"
@@ -43,7 +43,7 @@ class Images:
     batch_size: int = setting(
         256, "Images of a batch over all devices; rounded up to a multiple of them.", within="[1, 1048576]"
     )
-    threads: int = setting(0, "Decoding threads, 0: one a core.", within="[0, 1024]")
+    threads: int = setting(0, "Decoding threads, 0: one per core.", within="[0, 1024]")
     max_bad_fraction: float = setting(
         0.01, "Share of the images that may be unreadable and are left out.", within="[0, 1]"
     )
@@ -67,7 +67,7 @@ class Evaluation:
     """All settings of one evaluation; each group that is an `Evaluator` is one."""
 
     seed: int = setting(0, "Root of all random draws.", within="[0, 4294967295]")
-    data: Images = group(Images, "The images; what is None is as in the checkpoint's config.json.")
+    data: Images = group(Images, "The images; a setting that is None is taken from the checkpoint's config.json.")
     views: RandomViews = group(RandomViews, "How random views are drawn, for linear.augment and collapse.")
     knn: Knn = group(Knn, "Nearest neighbours by cosine, with all labels and with few.")
     logistic: Logistic = group(Logistic, "Logistic regression, with all labels and with few.", formerly="lowshot")

@@ -79,7 +79,7 @@ def mean_features(model: Model, data: Data, *, trained_shape: Shape, layers: int
 
 
 def pixels(params: Params, images: UInt8[Array, "B H W C"]) -> Float[Array, "B 1 D"]:
-    """Returns the images' values in [0, 1]; of sides longer than 32 pixels it takes every k-th one."""
+    """Returns the images' values in [0, 1], flattened; of a side of S >= 64 pixels it takes every (S // 32)-th."""
     rows, columns = (slice(k // 2, None, k) for side in images.shape[1:3] for k in [max(1, side // 32)])
     thinned = images[:, rows, columns]
     return thinned.reshape(len(images), 1, -1).astype(jnp.float32) / 255

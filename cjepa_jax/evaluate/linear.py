@@ -37,15 +37,15 @@ class Linear(Evaluator):
     )
     learning_rates: tuple[float, ...] = setting(
         (0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
-        "The grid, trained at once: for 256 images, scaled with batch_size.",
+        "Learning rates of the grid, for 256 images; they scale with batch_size.",
         within="[0, 1000]",
     )
-    weight_decays: tuple[float, ...] = setting((0.0, 5e-4, 5e-3), "The grid's other side.", within="[0, 1000]")
-    epochs: int = setting(28, "Length of the training.", within="[1, 1e5]")
+    weight_decays: tuple[float, ...] = setting((0.0, 5e-4, 5e-3), "Weight decays of the grid.", within="[0, 1000]")
+    epochs: int = setting(28, "Length of the training, in epochs.", within="[1, 1e5]")
     min_steps: int = setting(
-        3000, "Where these epochs have fewer steps, they and decay_every are multiplied.", within="[1, 1e9]"
+        3000, "Least number of steps; epochs and decay_every are multiplied until it is reached.", within="[1, 1e9]"
     )
-    decay_every: int = setting(8, "Epochs after which the learning rate is a tenth.", within="[1, 1e5]")
+    decay_every: int = setting(8, "Epochs after which the learning rate is divided by ten.", within="[1, 1e5]")
     batch_size: int = setting(256, "Images of a step.", within="[2, 1048576]")
     holdout: float = setting(0.1, "Share of the training images that choose the member of the grid.", within="(0, 1)")
     augment: bool = setting(

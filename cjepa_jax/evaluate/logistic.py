@@ -84,8 +84,8 @@ def fit(
 ) -> Classifier:
     """Minimises mean cross entropy + l2 / (2 n) * |kernel|^2, scikit-learn's objective with C = 1 / l2.
 
-    features [n, D], labels [n]; rows with a negative label do not count. Ends when no
-    component of the gradient exceeds `tol`, scikit-learn's rule too.
+    features [n, D], labels [n]; rows with a negative label do not count. Ends when no component of the gradient
+    exceeds `tol`, as in scikit-learn, or after `iterations` iterations.
     """
     counted = (labels >= 0).astype(features.dtype)[:, None]
     n = counted.sum()

@@ -21,7 +21,7 @@ METHODS: dict[str, type[Method]] = {
 
 
 def find_method(values: Mapping[str, Any]) -> type[Method]:
-    """Gives the method that settings, nested or flat, are about; those from before there was a choice name none.
+    """Gives the method of settings, nested or flat; old ones name none, and their groups tell which it was.
 
     Raises UserError for a name that is not known.
     """

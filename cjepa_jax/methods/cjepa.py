@@ -114,8 +114,9 @@ class CJEPA(EncoderMethod):
     def forward(self, params: Params, averages: Params, inputs: MaskedImages) -> Outputs:
         """Runs target encoder, context encoder and predictor.
 
-        Gives of each image the summed prediction error and its number of terms [B], what the regulariser pools, and
-        the mean target feature [B, D].
+        Gives for each image the summed prediction error and its number of terms [B], the mean prediction and the mean
+        target of each block [B, M, D], the mean target feature [B, D] and, with vicreg.views = "context_target", the
+        means of its context and of its targets [B, D].
         """
         patches, masks = self.patches(inputs.images), inputs.masks
         full_target = jax.lax.stop_gradient(

@@ -41,7 +41,7 @@ def _offset(rng: jax.Array, room: jax.Array) -> jax.Array:
 
 
 def erased_box(rng: jax.Array, *, batch: int, height: int, width: int) -> Box:
-    """Rectangles of random erasing (arXiv 1708.04896); empty where none of ten draws fits into the image."""
+    """Draws a rectangle in each image for random erasing (arXiv 1708.04896), empty where none of ten draws fits."""
     rng_area, rng_aspect, rng_top, rng_left = jax.random.split(rng, 4)
     area = jax.random.uniform(rng_area, (_TRIES, batch), minval=_ERASED[0], maxval=_ERASED[1]) * (height * width)
     bound = math.log(_ASPECT)
@@ -83,10 +83,11 @@ def cut_box(rng: jax.Array, share: jax.Array, *, height: int, width: int) -> Box
 def mix(
     rng: jax.Array, images: jax.Array, targets: jax.Array, *, mixup: float, cutmix: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Mixes each image and target with those at the same place from the end, by mixup (arXiv 1710.09412) or cutmix.
+    """Mixes image b and its target with those of image B - 1 - b, by mixup (arXiv 1710.09412) or by cutmix.
 
-    The first keeps the share that is drawn from a beta distribution; of cutmix,
-    what its rectangle leaves of it.
+    The weight of image b is drawn from a beta distribution with both parameters `mixup`; in cutmix it is the share of
+    the pixels outside of the rectangle. Where both are on, each image gets either with probability 0.5. Gives images
+    [B, H, W, C] and targets [B, L].
     """
     if not (mixup or cutmix):
         return images, targets

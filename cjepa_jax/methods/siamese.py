@@ -105,7 +105,7 @@ class Siamese(EncoderMethod):
         return {"views": views, "features": views[:, 0]}
 
     def project(self, params: Params, outputs: Outputs) -> Float[Array, "V B d"]:
-        """Projects the pooled features of the whole batch; the batch norm is over the images, apart for each view."""
+        """Projects the pooled features of the batch; batch statistics are over the images, separately for each view."""
         return apply(self.projector, params["projector"], rearrange(outputs["views"], "b v d -> v b d"))
 
     def transformers(self) -> dict[str, Transformer]:

@@ -27,7 +27,7 @@ _LIMIT, _POINTS = 5.0, 17  # of the integral
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sigreg:
-    """Adds SIGReg to a method that has another loss, such as C-JEPA."""
+    """Holds the settings of SIGReg where it is added to a method with another loss, such as C-JEPA."""
 
     weight: float = setting(
         0.0,

@@ -6,10 +6,11 @@ Per batch, with z_v [B, d] the projection of view v, p_v = h(z_v) the prediction
     loss = D(p_0, sg(z_1)) / 2 + D(p_1, sg(z_0)) / 2,   D(p, z) = - mean over the batch of p z / (|p| |z|)
 
 There is no moving average. The projection MLP has batch norm on every layer, the last one included; the prediction MLP
-has it on its hidden layer. All of it is over the global batch, apart for each view. With more than two views the loss
-is the mean over all ordered pairs of different views. `simsiam.stop_gradient` and `simsiam.predictor` switch off what
-keeps the method from collapsing (sections 4.1 and 4.2 of the paper). The last batch norm has no scale and shift, and
-the last layer of the prediction MLP has a bias, as in lightly, which has the same MLPs and loss (docs/differences.md).
+has it on its hidden layer. Their statistics are over the global batch, for each view by itself. With more than two
+views the loss is the mean over all ordered pairs of different views. `simsiam.stop_gradient` and `simsiam.predictor`
+switch off what keeps the method from collapsing (sections 4.1 and 4.2 of the paper). The last batch norm has no scale
+and shift, and the last layer of the prediction MLP has a bias, as in lightly, which has the same MLPs and loss
+(docs/differences.md).
 """
 
 import dataclasses

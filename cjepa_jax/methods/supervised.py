@@ -32,7 +32,7 @@ class TunedData(Data):
     """Where images come from and how they are cropped."""
 
     image_size: int = setting(
-        224, "Pixels a side after cropping, or of height; 0: as the checkpoint has it.", within="[0, 8192]"
+        224, "Pixels per side after cropping, or of height; 0: as the checkpoint has it.", within="[0, 8192]"
     )
     image_width: int = setting(
         0,
@@ -44,10 +44,10 @@ class TunedData(Data):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TunedModel(Model):
-    """What of the checkpoint is tuned, and how it is computed."""
+    """Which encoder of the checkpoint is fine-tuned, and how it is computed."""
 
     size: str = setting("", "Architecture; empty: that of the checkpoint.")
-    patch_size: int = setting(0, "Pixels a side of a patch; 0: as the checkpoint has it.", within="[0, 1024]")
+    patch_size: int = setting(0, "Pixels per side of a patch; 0: as the checkpoint has it.", within="[0, 1024]")
     encoder: Literal["target_encoder", "encoder", "random"] = setting(
         "target_encoder", "The encoder to start from; random is its architecture from scratch.", formerly="tower"
     )
@@ -66,14 +66,14 @@ class Augment:
 
     randaugment: int = setting(0, "Operations drawn for each image; 0: none.", within="[0, 16]")
     probability: float = setting(0.5, "Probability that a drawn operation is done.", within="[0, 1]")
-    magnitude: float = setting(9.0, "Of 10.", within="[0, 10]")
-    magnitude_std: float = setting(0.5, "Standard deviation of the noise on it.", within="[0, 10]")
+    magnitude: float = setting(9.0, "Strength of RandAugment's operations; 10 is the strongest.", within="[0, 10]")
+    magnitude_std: float = setting(0.5, "Standard deviation of normal noise on the magnitude.", within="[0, 10]")
     erase: float = setting(0.0, "Probability that a random rectangle becomes noise.", within="[0, 1]")
     mixup: float = setting(
         0.0, "Alpha of the beta distribution of the shares of two images; 0: off.", within="[0, 100]"
     )
     cutmix: float = setting(
-        0.0, "The same for a rectangle of the other image; with mixup on, each has half.", within="[0, 100]"
+        0.0, "Alpha of cutmix; 0: off. With mixup on, each image gets one of both at random.", within="[0, 100]"
     )
     label_smoothing: float = setting(0.0, "Share of a label that all classes divide between them.", within="[0, 1]")
 
@@ -104,7 +104,7 @@ class SupervisedConfig(Config):
 
     method: str = setting("supervised", "What is trained; see docs/methods.md.")
     data: TunedData = group(TunedData, "Where images come from and how they are cropped.")
-    model: TunedModel = group(TunedModel, "What of the checkpoint is tuned, and how it is computed.")
+    model: TunedModel = group(TunedModel, "Which encoder of the checkpoint is fine-tuned, and how it is computed.")
     augment: Augment = group(Augment, "What is done to crops and labels, after the flip.")
     optim: TunedOptim = group(TunedOptim, "AdamW, its schedules, and smaller steps for lower layers.")
     eval: TunedEval = group(TunedEval, "Accuracy on the test split, during training and at its end.")

@@ -116,7 +116,7 @@ def choose(
     dtype: str,
     shapes: Iterable[tuple[int, int, int]],
 ) -> Attend:
-    """Gives what `model.attention` asks for on devices like this one, which need not exist, as those of a topology.
+    """Gives the attention that `model.attention` asks for on devices like `device`, which need not be present.
 
     "auto" decides anew for every shape that it meets. shapes: (tokens, width, heads) of what will be attended to, in
     `dtype`.

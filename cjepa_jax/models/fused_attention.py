@@ -29,7 +29,7 @@ from jaxtyping import Array, Bool, Float
 PerDevice = Callable[[Callable[..., Any]], Callable[..., Any]]  # makes a function run on each device's own sequences
 
 _LANES, _ROWS = 128, 8  # of a tile of a TPU's vector memory
-_NOT_SEEN = -1e30  # is added to the scores of keys that are not valid; a finite number keeps a row without any finite
+_NOT_SEEN = -1e30  # is added to scores of invalid keys; it is finite, so that rows without valid keys give no NaN
 _BLOCKS = 10 << 20  # bytes that the blocks of a program may take; each is held twice
 _VMEM = 64 << 20  # bytes of vector memory that the compiler may use
 _MAX_TOKENS = 320

@@ -71,10 +71,9 @@ class Masks(NamedTuple):
 def sample_masks(rng: jax.Array, mask: Mask, *, grid: Grid, batch: int) -> Masks:
     """Draws target blocks of `batch` images, and as context the context block minus all target blocks.
 
-    Source: for `corrected` section 3 of I-JEPA (arXiv 2301.08243), for
-    `released` its released code, whose sizes belong to the step: one number
-    sets scale and aspect ratio of every target block, a second one the scale
-    of every context block.
+    Source: for `corrected`, section 3 of I-JEPA (arXiv 2301.08243); for `released`, its released code, which draws
+    the sizes once per step: one number sets the scale and the aspect ratio of all target blocks of the batch, a second
+    one the scale of all context blocks. Raises UserError as `target_tokens` does.
     """
     length, patches = target_tokens(mask, grid), math.prod(grid)
     rng_size, rng_corner, rng_keep = jax.random.split(rng, 3)
@@ -144,8 +143,9 @@ def target_tokens(mask: Mask, grid: Grid) -> int:
 def context_tokens(mask: Mask, grid: Grid) -> int:
     """Gives K_c, the static length of the context on rows x columns patches.
 
-    Where the settings leave it open, it is the mean number of context patches that the recipe leaves of an image,
-    rounded up to a multiple of 8: shorter contexts have little padding, and of longer ones some patches are dropped.
+    Where mask.context_tokens is 0, it is the mean number of context patches that the recipe leaves of an image, rounded
+    up to a multiple of 8, but at least mask.min_keep and at most the largest context block. Shorter contexts are
+    padded, and longer ones lose patches.
     """
     if mask.context_tokens:
         return mask.context_tokens

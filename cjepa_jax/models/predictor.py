@@ -41,7 +41,7 @@ class PredictorConfig:
 
 
 class Predictor(nn.Module):
-    """Each target block is predicted by itself, in a sequence [context, block] of K_c + K_t tokens."""
+    """Predicts each target block separately, from a sequence [context, block] of K_c + K_t tokens."""
 
     width: int
     depth: int

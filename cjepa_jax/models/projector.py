@@ -25,7 +25,7 @@ class Projector(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [..., B, D] to [..., B, widths[-1]] float32; statistics are over B, apart for each view before it."""
+        """Maps [..., B, D] to [..., B, widths[-1]] float32; batch statistics are over B, separately for each view."""
         init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's default for a linear layer
         for i, width in enumerate(self.widths):
             is_last = i == len(self.widths) - 1

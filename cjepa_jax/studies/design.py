@@ -162,7 +162,7 @@ def read(values: Mapping[str, Any], workdir: epath.Path) -> Study:
     require(isinstance(values["seeds"], tuple | list), f"seeds must be a list of numbers, got {values['seeds']!r}")
     require(isinstance(values["splits"], Mapping), f"splits must be a mapping, got {values['splits']!r}")
     seeds, splits = tuple(values["seeds"]), dict(values["splits"])
-    require(len(seeds) >= 1, "seeds: a study needs at least one seed, and three for what it claims")
+    require(len(seeds) >= 1, "seeds: a study needs at least one seed, and at least three to support a claim")
     require(all(type(seed) is int and seed >= 0 for seed in seeds), f"seeds must be whole numbers, got {seeds}")
     require(len(set(seeds)) == len(seeds), f"seeds: one is there twice: {seeds}")
     require(set(splits) == set(_SPLITS), f"splits must be train, held_out and test, got {', '.join(splits)}")
@@ -232,9 +232,7 @@ def _arm(
         images, classes, labels, _ = look["train"]
         for split, which in (("held_out", "held-out"), ("test", "test")):
             found = look[split][2]
-            require(
-                len(labels) > 1 and bool(found), "its images have no labels of several classes, by which a study judges"
-            )
+            require(len(labels) > 1 and bool(found), "a study needs images with labels of at least two classes")
             require(
                 labels <= found,
                 f"splits: of {classes} classes the {which} images, {splits[split]!r}, lack {len(labels - found)}; "

@@ -36,7 +36,7 @@ def finished(run: Run) -> bool:
 
 
 def measures(path: epath.Path, encoder: str | None = None) -> dict[str, float]:
-    """Reads what the log of a training would show of a file of results; by default of the judged encoder."""
+    """Reads the metrics of an encoder from a file of results, by name; by default those of the judged encoder."""
     results, known = read_json(path)["results"], Evaluation().evaluators
     found: dict[str, float] = {}
     for name, rows in results.items():

@@ -132,7 +132,7 @@ def _say(study: Study, text: str) -> None:
 
 
 def _speed(one: Run) -> float | None:
-    """Gives the seconds of a whole run, evaluations included and compiling not, as far as it has run."""
+    """Estimates from its log the seconds of a whole run, with evaluations, without compiling; None without a log."""
     lines = writer.read(one.folder)
     speeds = [line["images_per_second"] for line in lines if "images_per_second" in line and "lr" in line]
     probes = [line["eval/seconds"] for line in lines if "eval/seconds" in line]
@@ -217,10 +217,10 @@ def plan(study: Study, only: Collection[str] = ()) -> str:
     """
     arms = _selected(study, only)
     _check(study)
-    tuned = f"of each {study.trials} trials, chosen by {study.choose_by} on {study.splits['held_out']}, then"
+    tuned = f"each has {study.trials} trials, chosen by {study.choose_by} on {study.splits['held_out']}, and then"
     text = [
-        f"{len(arms)} arms; {tuned if study.trials else 'nothing is tuned; of each'} {len(study.seeds)} seeds; "
-        f"{study.probes} probes a run; at the end {', '.join(study.evaluators)} on {study.splits['test']}, once"
+        f"{len(arms)} arms; {tuned if study.trials else 'nothing is tuned; each has'} {len(study.seeds)} seeds; "
+        f"{study.probes} probes per run; at the end {', '.join(study.evaluators)} judge once on {study.splits['test']}"
     ]
     if seconds_per_run(study):
         return "\n".join([*text, progress(study, arms)])

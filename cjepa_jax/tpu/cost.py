@@ -7,9 +7,9 @@ from cjepa_jax.tpu import chips, hlo, kernels
 METHOD = """\
 Predicted, not measured: the TPU compiler's cycle estimates for its own schedule, each as often as its loop runs, plus
 the critical path of the attention kernels' own schedules (cjepa_jax/tpu/kernels.py), plus the time in which a chip
-could send each collective over all its ICI links at full rate, nothing overlapping. Tiling, padding and layout copies
-are in it. Not in it: the operations listed as not costed, stalls, latency, the input
-pipeline, checkpoints, probes. Good for ranking designs that differ by more than 5 %; it is no throughput."""
+could send each collective over all its ICI links at full rate, nothing overlapping. It includes tiling, padding and
+layout copies. It leaves out the operations listed as not costed, stalls, latency, the input pipeline, checkpoints and
+probes. It can rank designs that differ by more than 5 %; it does not predict the real throughput."""
 
 
 def describe(compiled: str, chip: chips.Chip, shape: tuple[int, ...]) -> dict[str, Any]:

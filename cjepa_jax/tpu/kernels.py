@@ -1,9 +1,9 @@
 """How long the attention kernels take; the compiler notes no estimate for what is written in Pallas.
 
-`python -m cjepa_jax.bench.attention` gives the numbers of the table. A kernel handles its sequences in a loop. Of one
-turn the compiler's own schedule gives the instruction bundles, of which one can start a cycle, and the length of the
-critical path in cycles. The larger of the two is charged here. It is mostly the critical path, an upper bound; the
-bundles are about half of it where sequences are short.
+`python -m cjepa_jax.bench.attention` gives the numbers of the table. A kernel handles its sequences in a loop. For one
+iteration the compiler's schedule gives the number of instruction bundles, one of which can start per cycle, and the
+length of the critical path in cycles. The larger of the two counts here. It is mostly the critical path, an upper
+bound; where sequences are short, there are about half as many bundles.
 """
 
 import re

@@ -169,10 +169,10 @@ class Checkpointer:
         return None
 
     def save(self, step: int, state: PyTree, *, calm: bool = True) -> None:
-        """Saves, due or not; returns while the writing goes on.
+        """Saves the state after `step`, unless the newest checkpoint is of this step; the writing goes on meanwhile.
 
-        calm: whether loss and gradient are as usual; the newest such checkpoint stays. Raises StorageError where the
-        disk is full, also of the save before.
+        calm: whether loss and gradient are as usual; the newest such checkpoint is kept. Raises StorageError where the
+        disk is full, or was during the save before.
         """
         if step == self._manager.latest_step():
             return

@@ -35,7 +35,7 @@ def mean_cosine(features: jax.Array) -> jax.Array:
 
 
 def diagnose(features: jax.Array) -> dict[str, jax.Array]:
-    """Computes all of them, by the name of the metric."""
+    """Computes all diagnostics of features [B, D]: a scalar for the name of each metric."""
     return {
         "rep/std": feature_std(features),
         "rep/rank": effective_rank(features),

@@ -32,7 +32,7 @@ def start(coordinator_address: str | None, num_processes: int | None, process_id
     missing = [f"--{name}" for name, value in given.items() if value is None]
     require(len(missing) in (0, 3), f"{' and '.join(missing)} missing: several processes need all three flags")
     slurm = int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ
-    # On a TPU VM that is alone the start is harmless, but for notebooks that name this machine as the only one.
+    # Starting is harmless on a single TPU VM, except in notebooks, which name this machine as the only one.
     named = os.environ.get("TPU_WORKER_HOSTNAMES", "several,perhaps")
     alone = "," not in named and "MEGASCALE_COORDINATOR_ADDRESS" not in os.environ
     tpu = os.environ.get("JAX_PLATFORMS", "tpu").startswith("tpu") and chips.may_be_here() and not alone
@@ -55,7 +55,7 @@ def start(coordinator_address: str | None, num_processes: int | None, process_id
 
 
 def reach(address: str, timeout: float) -> None:
-    """Returns when someone listens at HOST:PORT; OSError after `timeout` seconds without."""
+    """Waits until someone listens at HOST:PORT. Raises OSError where nobody has within `timeout` seconds."""
     host, _, port = address.rpartition(":")
     deadline = time.monotonic() + timeout
     while True:
@@ -90,7 +90,7 @@ def wait_for(results: PyTree) -> None:
     while jax.process_count() > 1 and not all(x.is_ready() for x in jax.tree.leaves(results)):
         time.sleep(0.0005)
         if time.monotonic() - since > _NOTICE:
-            text = "waiting for the other processes: a step has taken a minute; one that waits for an image names it"
+            text = "waiting for the other processes for a minute; one that waits for an image names the image file"
             print(text, file=sys.stderr, flush=True)
             break
     jax.block_until_ready(results)

@@ -289,7 +289,7 @@ def _name(owner: dict[str, Any]) -> str:
 
 
 def this_machine() -> str:
-    """Tells this machine, from start to shutdown, and this container from all others."""
+    """Gives a text that no other machine or container has, and this one only until it restarts."""
     try:
         boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"

@@ -41,12 +41,12 @@ def train(
 ) -> TrainState:
     """Trains to the end, or from where the workdir stands, or until SIGTERM or Ctrl-C; returns the last state.
 
-    `init` is a checkpoint whose networks a new run starts from, instead of random ones. `profile` names a first and a
-    last step, between which a trace for xprof or Perfetto is recorded in WORKDIR/profile. `source` holds the images to
-    train on, where they are not those that `config.data` names. `compile_step` is `memory.compile_step` or what runs
-    that differ in the seed share, see `memory.SharedSteps`. `extend` lets `config` have more epochs than the run in the
-    workdir, which then goes on with the schedules of the new length. `baselines` has the evaluation at the end judge an
-    untrained encoder and raw pixels as well.
+    `init` is a checkpoint whose networks a new run starts from, instead of random ones. With `profile` = (start, stop),
+    a trace of steps start + 1 to stop for xprof or Perfetto is recorded in WORKDIR/profile. `source` holds the images
+    to train on, where they are not those that `config.data` names. `compile_step` is `memory.compile_step`, or a
+    `memory.SharedSteps` that several runs share which differ only in the seed. `extend` lets `config` have more epochs
+    than the run in the workdir, which then goes on with the schedules of the new length. `baselines` makes the
+    evaluation at the end judge an untrained encoder and raw pixels as well.
 
     Raises UserError for settings that do not fit the data, the devices or the workdir, before anything is compiled or
     written, where another run trains in the workdir, and where images or a checkpoint cannot be read; StalledError
@@ -141,7 +141,7 @@ def _train(
         Feed(batches, program.batch, check, config.data.read_timeout) as feed,
         waiting.until(lambda: stop.requested),
         _Profiler(workdir, profile) as profiler,
-        peers.leaving_at_once(unless=_all_raise),  # innermost, as to close the checkpoints is to wait for the others
+        peers.leaving_at_once(unless=_all_raise),  # innermost, because closing the checkpoints waits for the others
         memory.explained(config),
     ):
         if start in probes and not distributed.told_by_first(log.has_evaluation(start)):  # the run ended meanwhile
@@ -156,7 +156,7 @@ def _train(
                     break
                 state, step_metrics, observed = compiled(state, batch, rng_step)
                 stop.listen()  # until the first step is compiled, there is nothing to save
-                distributed.wait_for(running)  # one step ahead is enough; without end, images would pile up there
+                distributed.wait_for(running)  # one step ahead is enough; without this wait, batches would pile up
                 asked = consensus.result()
             saves = checkpoints.due(step + 1) or step + 1 == steps or asked != distributed.GO_ON
             saves = saves or (config.checkpoint.keep_best != "" and step + 1 in probes)

@@ -98,9 +98,10 @@ def available() -> float:
 
 
 def compile_measured(program: step.Program) -> tuple[jax.stages.Compiled | None, float, float]:
-    """Compiles a step; also gives the bytes a device needs for parameters and the like, and in all.
+    """Compiles a step; gives the program, the bytes per device for its inputs and outputs, and those for all it needs.
 
-    Where the compiler itself says that the step does not fit, there is no program, and the bytes are not known.
+    Gives (None, 0, infinity) where the compiler itself says that the step does not fit, and (program, 0, 0) where the
+    compiler does not tell the bytes.
     """
     try:
         lowered = program.step.lower(program.state, program.batch, jax.eval_shape(lambda: jax.random.key(0)))
@@ -149,10 +150,10 @@ def _needs(needed: float, there: float) -> str:
     what = f"the step needs {needed / _GB:.1f} GB" if math.isfinite(needed) else "the compiler refuses the step"
     if not math.isfinite(there):
         return f"{what} of a {device.device_kind}"
-    many = f", a share of 1/{jax.local_device_count()}," if device.platform == "cpu" and jax.device_count() > 1 else ""
-    return (
-        f"{what}, and {'the machine' if device.platform == 'cpu' else device.device_kind} has {there / _GB:.1f}{many}"
-    )
+    if device.platform != "cpu":
+        return f"{what}, and {device.device_kind} has {there / _GB:.1f} GB"
+    each = f" for each of {jax.local_device_count()} devices" if jax.device_count() > 1 else ""
+    return f"{what}, and the machine has {there / _GB:.1f} GB{each}"
 
 
 def _remedies(config: Config) -> str:

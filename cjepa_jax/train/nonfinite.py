@@ -70,7 +70,7 @@ class Recorder:
             return f"{terms[0]} is not finite" + (f" (nor is {', '.join(terms[1:])})" if terms[1:] else "")
         bad = np.flatnonzero(~np.isfinite(grad_norms))
         if len(bad):
-            which = f"the first of {len(bad)} such leaves of {len(grad_norms)}" if len(bad) > 1 else "no other leaf's"
+            which = f"the first of {len(bad)} such leaves of {len(grad_norms)}" if len(bad) > 1 else "no other leaf is"
             return f"the gradient of {self._leaves[bad[0]]} is not finite ({which})"
         return "" if math.isfinite(metrics["grad_norm"]) else "grad_norm is not finite, though that of each leaf is,"
 

@@ -11,7 +11,7 @@ from cjepa_jax.methods.base import Method, Params
 
 
 def learning_rate(optim: Optim, steps: int, scale: float = 1.0) -> optax.Schedule:
-    """Rises linearly from start to peak in the warm-up, then falls on a cosine to the end value at `steps`.
+    """Gives the schedule step -> learning rate: linear in the warm-up, then a cosine down to the end value at `steps`.
 
     scale: a factor on all three, `Config.rate_scale`.
     """
@@ -26,7 +26,7 @@ def learning_rate(optim: Optim, steps: int, scale: float = 1.0) -> optax.Schedul
 
 
 def weight_decay(optim: Optim, steps: int) -> optax.Schedule:
-    """Moves on a cosine from start to end over all steps."""
+    """Gives the schedule step -> weight decay: a cosine from start to end over all steps."""
     start, end, offset = optim.weight_decay_start, optim.weight_decay_end, optim.schedule_offset
     return lambda step: end + (start - end) * (1 + jnp.cos(jnp.pi * (step + offset) / steps)) / 2
 

@@ -28,10 +28,10 @@ def saved_steps(workdir: epath.Path) -> list[int]:
 
 
 def write_arrays_whole() -> None:
-    """Lets one process write an array that all devices hold from one of them.
+    """Makes a single process write an array that all its devices hold from one of them.
 
-    Orbax would take an eighth from each of eight. That serves several processes, which share the writing so; in a
-    single one the cutting only makes the run stand still for longer.
+    By default Orbax takes a part of it from every device, such as an eighth from each of eight. That lets several
+    processes share the writing; in a single process the cutting only makes the run wait longer.
     """
     handler = ocp.type_handlers.ArrayHandler(use_replica_parallel=jax.process_count() > 1)
     ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)

@@ -111,8 +111,8 @@ def training(workdir: epath.Path) -> Iterator[None]:
 def leaving_at_once(*, unless: Callable[[Exception], bool] = lambda error: False) -> Iterator[None]:
     """Ends this process and the others after an error, without cleaning up, which would be to wait for one another.
 
-    `unless` tells of an error whether the others need not be told: all raise one after the same step, or the caller
-    sees to it.
+    Where `unless(error)` is true, the error is raised as usual, because all processes raise one after the same step,
+    or because the caller handles it.
     """
     try:
         yield
@@ -170,7 +170,7 @@ def _newest() -> str:
 
 @contextlib.contextmanager
 def without_abort() -> Iterator[None]:
-    """Lets the client that JAX makes meanwhile, and all of C++, leave it to the watch to say which process is lost.
+    """Keeps JAX's client and other C++ code from aborting when a process is lost: the watch is to say which one it is.
 
     When process 0 dies, the client would abort the process with a stack trace. It would call a function instead, but
     cannot convert the status for it, and raises std::bad_cast in a thread of C++ where nobody catches it. Gloo, which

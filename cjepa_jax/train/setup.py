@@ -223,8 +223,8 @@ def doubts(config: Config, source: sources.Source, evaluated: sources.Source) ->
     notes, batch = [], config.data.batch_size
     if len(source) < batch:
         notes.append(
-            f"warning: a batch of {batch} images holds each of the {len(source)} training images more than once, which "
-            f"statistics over the batch are not made for; lower data.batch_size"
+            f"warning: a batch of {batch} images holds some of the {len(source)} training images more than once, which "
+            "distorts statistics over the batch; lower data.batch_size"
         )
     if config.eval.every and len(evaluated.classes) < 2:
         what = f"are all of one class, {evaluated.classes[0]!r}" if evaluated.classes else "have no labels"

@@ -94,8 +94,8 @@ def parameters(shapes: PyTree, config: MeshConfig, mesh: Mesh) -> PyTree:
     share = cut / sum(x.size for x, _ in leaves)
     require(
         config.fsdp <= 1 or share > 0.5,
-        f"mesh.fsdp = {shards}: only {share:.0%} of the parameters can be cut into so many shards that tile "
-        f"(rows by {_TILE[0]}, columns by {_TILE[1]}); a smaller number can do better",
+        f"mesh.fsdp = {shards}: only {share:.0%} of the parameters can be cut into so many shards of a multiple of "
+        f"{_TILE[0]} rows or of {_TILE[1]} columns; lower mesh.fsdp",
     )
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
@@ -109,9 +109,10 @@ def put(x: np.ndarray, to: jax.sharding.Sharding) -> jax.Array:
 
 
 def places(config: MeshConfig, mesh: Mesh, params: PyTree) -> tuple[Place, Place | None, Place]:
-    """Gives what `mesh.parameters` does to parameters before a pass, to a block's within it, and to gradients after.
+    """Gives three functions for `mesh.parameters`: on all parameters before a pass, on a block's, and on gradients.
 
-    params: the shardings of the parameters. Blocks are left alone by the first where they gather for themselves.
+    The first gathers the parameters, but not those of blocks where the second, which is None for "zero1", gathers each
+    block's within the pass; the third scatters gradients after it. params: the shardings of the parameters.
     """
     if mesh.shape[_FSDP] == 1:
         return _stay, None, _stay

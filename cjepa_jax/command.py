@@ -49,7 +49,7 @@ def read_config(find_class: Callable[[Mapping[str, Any]], type], *, default: str
 
 
 def read_values(doc: str) -> tuple[str, dict[str, Any]]:
-    """Reads what --config's file gives, for a command whose file is no experiment and takes no overrides.
+    """Reads what --config's file gives, for a command whose file is not an experiment and takes no overrides.
 
     doc: what --help prints. Returns the file's name without .py, and its values. Raises UserError.
     """
@@ -92,7 +92,7 @@ def _load(path: pathlib.Path) -> dict[str, Any]:
 
     Raises UserError for a file that cannot be run, or gives no settings.
     """
-    require(path.suffix == ".py", f"--config {path} is no Python file: its name must end in .py")
+    require(path.suffix == ".py", f"--config {path} is not a Python file: its name must end in .py")
     folder = str(path.resolve().parent.parent)
     sys.path.insert(0, folder)
     try:

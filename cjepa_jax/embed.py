@@ -76,7 +76,7 @@ def _run() -> None:
     check_bucket_support(output, "--output")
     require(is_remote(output) or output.parent.is_dir(), f"--output: the folder {output.parent} does not exist")
     require(not (single and output.exists()), f"--output {output} exists already; remove it or name another one")
-    require(single or not output.exists() or output.is_dir(), f"--output {output} is no folder")
+    require(single or not output.exists() or output.is_dir(), f"--output {output} is not a folder")
     check_writable(output, "--output")
     networks = pretrained.load(path, [encoder])
     patches = math.prod(side // networks.model.patch_size for side in data.image_shape)

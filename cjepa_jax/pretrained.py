@@ -73,8 +73,8 @@ class Pretrained(NamedTuple):
 def load(path: epath.Path, names: Sequence[str], *, flag: str = "--checkpoint") -> Pretrained:
     """Loads networks (keys of NETWORKS) of a workdir's newest checkpoint, or of the one at WORKDIR/checkpoints/STEP.
 
-    Nothing else is read, and no device is touched. Raises UserError for a path that is no checkpoint, one that cannot
-    be read, and a network that it lacks; `flag` is what the user gave the path by.
+    Nothing else is read, and no device is touched. Raises UserError for a path that is not a checkpoint, one that
+    cannot be read, and a network that it lacks; `flag` is what the user gave the path by.
     """
     workdir, state = _find(epath.Path(path), flag)
     file = workdir / "config.json"
@@ -98,7 +98,9 @@ def load(path: epath.Path, names: Sequence[str], *, flag: str = "--checkpoint") 
     require(not wrong, f"checkpoint {state.parent} is damaged: {wrong}; name another one, WORKDIR/checkpoints/STEP")
     params = {name: _part(restored, place) for name, place in places.items()}
     step = np.asarray(restored["step"])
-    require(step.shape == () and step.dtype.kind == "i", f"checkpoint {state.parent} is damaged: its step is no number")
+    require(
+        step.shape == () and step.dtype.kind == "i", f"checkpoint {state.parent} is damaged: its step is not a number"
+    )
     return networks._replace(step=int(step), params=params, classes=tuple(classes), epoch=epoch)
 
 
@@ -231,7 +233,7 @@ def _find(path: epath.Path, flag: str) -> tuple[epath.Path, epath.Path]:
     wanted = "wanted: a workdir, or WORKDIR/checkpoints/STEP"
     check_bucket_support(path, flag)
     require(path.exists(), f"{flag} {path} does not exist; {wanted}")
-    require(path.is_dir(), f"{flag} {path} is no folder; {wanted}")
+    require(path.is_dir(), f"{flag} {path} is not a folder; {wanted}")
     path = absolute(path)
     if (path / "state").is_dir():
         return path.parent.parent, path / "state"

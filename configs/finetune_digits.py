@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
                 source="digits",
                 train_split="train[:100]",
                 image_size=8,
-                crop_scale=(1.0, 1.0),  # 8x8 pixels leave nothing to crop, a 2 is no flipped 2
+                crop_scale=(1.0, 1.0),  # 8x8 pixels leave nothing to crop, a 2 is not a flipped 2
                 crop_ratio=(1.0, 1.0),
                 mean=(0.5,),
                 std=(0.5,),

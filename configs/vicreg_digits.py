@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
                 decoder="pillow",
                 threads=1,
             ),
-            views=dict(blur=(0.5, 0.1), solarize=(0.0, 0.0)),  # half of the pixels are black: a solarised 0 is no digit
+            views=dict(blur=(0.5, 0.1), solarize=(0.0, 0.0)),  # half of the pixels are black, and would be white
             # At this width a plain std of 0.02 would let the position embedding drown the content.
             model=dict(size="64x3x4", patch_size=2, init="fan_in", dtype="float32"),
             vicreg=dict(projector=(256, 256, 256)),

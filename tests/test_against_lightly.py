@@ -1,6 +1,6 @@
 """Losses and networks beside lightly's, from the same parameters, embeddings, directions and masks.
 
-lightly is no requirement of this project. `pip install --no-deps lightly==1.6.0` is enough for these tests:
+lightly is not a requirement of this project. `pip install --no-deps lightly==1.6.0` is enough for these tests:
 
     python -m pytest -s -m slow -n 0 tests/test_against_lightly.py
 """

@@ -52,7 +52,7 @@ def release(pytestconfig):
     clone = pytestconfig.getoption("--ijepa")
     if not clone:
         pytest.skip("--ijepa=PATH names a clone of facebookresearch/ijepa")
-    assert (pathlib.Path(clone) / "src" / "helper.py").is_file(), f"{clone} is no clone of facebookresearch/ijepa"
+    assert (pathlib.Path(clone) / "src" / "helper.py").is_file(), f"{clone} is not a clone of facebookresearch/ijepa"
     sys.path.insert(0, str(pathlib.Path(clone).resolve()))
     names = ("helper", "masks.multiblock", "masks.utils", "utils.tensors")
     modules = {name: importlib.import_module(f"src.{name}") for name in names}

@@ -205,7 +205,7 @@ def damaged(name, tmp_path):
         return root, "parquet", r"has no column of images \(bytes, or \{bytes, path\}\), only label"
     if name == "no parquet":
         (root / "train.parquet").write_bytes(b"PAR1 or not")
-        return root, "parquet", "is no readable Parquet file"
+        return root, "parquet", "is not a readable Parquet file"
     if name == "empty":
         pq.write_table(pa.table({"image": pa.array([], pa.binary())}), root / "train.parquet")
         return root, "parquet", "hold no images"

@@ -529,7 +529,7 @@ def test_bad_inputs(odd, tmp_path, monkeypatch):
     (tmp_path / "cut.safetensors").write_bytes((odd / NAMES["timm"]).read_bytes()[:50])
     for name, message in (
         ("none", "does not exist"),
-        ("empty", "is no checkpoint: neither a workdir"),
+        ("empty", "is not a checkpoint: neither a workdir"),
         ("text", "is neither a .pth.tar of PyTorch nor a safetensors file"),
         ("other.pth.tar", "it has neither encoder nor target_encoder, but state_dict, arch"),
         ("cut.pth.tar", "cannot be read by PyTorch"),
@@ -576,8 +576,8 @@ def test_an_output_is_replaced_only_by_force_and_only_by_a_whole_one(odd, tmp_pa
     (folder / "thesis.tex").write_text("years of work")
     for path, kind, message in (
         (folder, "transformers", "holds what is not of this command, and is not deleted: thesis.tex"),
-        (folder, "ijepa", "exists and is no file"),
-        (file, "transformers", "exists and is no folder"),
+        (folder, "ijepa", "exists and is not a file"),
+        (file, "transformers", "exists and is not a folder"),
         (tmp_path / "a.bin", "timm", "must end in .safetensors"),
         (tmp_path / "none" / "a", "orbax", "none does not exist; make it first"),
     ):

@@ -1,4 +1,4 @@
-"""Crops against torchvision's rule and Pillow's pixels; pictures of every kind; files that are no good."""
+"""Crops against torchvision's rule and Pillow's pixels; pictures of every kind; and damaged files."""
 
 import io
 import math

@@ -42,9 +42,9 @@ def test_stray_images_are_named_where_they_cost_the_labels(tmp_path, capsys):
 
 def test_a_file_is_no_folder_and_is_not_said_to_be_missing(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="file is no folder of images, but a file"):
+    with pytest.raises(UserError, match="file is not a folder of images, but a file"):
         folder.scan(str(tmp_path / "file"))
-    with pytest.raises(UserError, match=r"--checkpoint .*/file is no folder; wanted: a workdir"):
+    with pytest.raises(UserError, match=r"--checkpoint .*/file is not a folder; wanted: a workdir"):
         pretrained.load(str(tmp_path / "file"), ["encoder"])
 
 

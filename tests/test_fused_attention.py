@@ -238,7 +238,7 @@ def test_auto_is_fused_on_tpu_where_that_can_serve(monkeypatch):
 @pytest.mark.parametrize(
     "shape, says",
     [
-        ((196, 200, 4), "the width, 200, is no multiple of 64"),
+        ((196, 200, 4), "the width, 200, is not a multiple of 64"),
         ((196, 256, 32), "heads have 8 features, not 16 to 128"),
         ((784, 256, 4), "a sequence has 784 tokens, more than 320"),
     ],
@@ -278,7 +278,7 @@ def test_auto_is_cudnn_on_the_gpus_and_for_the_shapes_that_it_serves(monkeypatch
 @pytest.mark.parametrize(
     "shape, dtype, says",
     [
-        ((196, 256, 64), "bfloat16", "heads have 4 features, which is no multiple of 8 up to 128"),
+        ((196, 256, 64), "bfloat16", "heads have 4 features, which is not a multiple of 8 up to 128"),
         ((55, 256, 4), "bfloat16", "a sequence has 55 tokens, an odd number"),
         ((56, 256, 4), "float32", "cuDNN has no attention in float32"),
     ],

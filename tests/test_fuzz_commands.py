@@ -48,7 +48,7 @@ CONFIG_FILES = {  # name -> content, and what is said of it
     "null.py": ("\0", "null.py: SyntaxError: source code string cannot contain null bytes"),
     "latin.py": ("x = '\xff'\n", "latin.py"),
     "method.py": ("def get_config():\n    return {'method': ['x']}\n", "method = ['x'] is not known; known: cjepa, "),
-    "good.txt": ("def get_config():\n    return {}\n", "good.txt is no Python file: its name must end in .py"),
+    "good.txt": ("def get_config():\n    return {}\n", "good.txt is not a Python file: its name must end in .py"),
     "pipe": (None, "pipe' does not exist; known by name:"),
 }
 

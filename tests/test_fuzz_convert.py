@@ -150,7 +150,7 @@ def test_json_that_is_deep_or_far_too_long_and_a_pipe_in_its_place(name, good, t
     refused(tmp_path / name, tmp_path, "config.json is damaged: 10000000000 bytes are too many")
     file.unlink()
     os.mkfifo(file)
-    refused(tmp_path / name, tmp_path, "config.json is missing" if name == "ours" else "is no checkpoint")
+    refused(tmp_path / name, tmp_path, "config.json is missing" if name == "ours" else "is not a checkpoint")
 
 
 def test_pipes_and_pickles_that_end_too_soon(good, tmp_path):

@@ -183,7 +183,11 @@ def test_the_query_is_a_patch(save, load, drawn, tmp_path):
 @pytest.mark.parametrize(
     "other, overrides, says",
     [
-        ({}, {"attention__query": (4, 0)}, r"attention\.query = \(4, 0\) is no patch: rows are 0 to 3, columns 0 to 3"),
+        (
+            {},
+            {"attention__query": (4, 0)},
+            r"attention\.query = \(4, 0\) is not a patch: rows are 0 to 3, ",
+        ),
         ({}, {"attention__query": (0, -1)}, r"attention\.query must be in \[0, 8191\], got -1"),
         ({"patch_size": 8}, {"attention__query": (0, 0)}, r"grids differ, 2x2 and 4x4 patches"),
         ({"channels": 1}, {}, r"second takes images of 1 channels, the first one of 3"),

@@ -70,7 +70,7 @@ def test_batches_depend_on_the_seed_but_not_on_threads(make_data, decoder):
     assert (one != take(20, source, make_data(**settings), seed=1)).any(axis=(2, 3, 4)).mean() > 0.9
 
 
-@pytest.mark.parametrize("batch_size", [12, 7, 64])  # 7 is no multiple of a chunk, 64 more than an epoch
+@pytest.mark.parametrize("batch_size", [12, 7, 64])  # 7 is not a multiple of a chunk, 64 more than an epoch
 def test_every_image_comes_once_an_epoch_in_a_new_order(make_data, batch_size):
     batches = take(15 * 30 // batch_size, colours(30), make_data(batch_size=batch_size))
     epochs = indices(batches).reshape(-1)[: 14 * 30].reshape(14, 30) if batch_size != 64 else None

@@ -131,7 +131,7 @@ def test_the_command_writes_the_features_of_a_set(run, tmp_path):
 
 
 def test_a_folder_of_features_goes_on_where_it_was_stopped(run, tmp_path):
-    """A file that is no image is left out and named."""
+    """A file that is not an image is left out and named."""
     photo = Image.open(pathlib.Path(sklearn.datasets.__file__).parent / "images" / "china.jpg").convert("L")
     (tmp_path / "in").mkdir()
     for i in range(25):

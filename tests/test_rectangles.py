@@ -472,7 +472,7 @@ def test_the_release_holds_squares_only(wide, tmp_path):
 @pytest.mark.parametrize(
     "said, says",
     [
-        (None, "has 24 positions, which are no square"),
+        (None, "has 24 positions, which are not a square"),
         ("[48, 48]", "images of 48 x 48 pixels do not have 24 patches of 8 pixels"),
         ("[48, 32]", "differs from the fixed sin-cos positions"),
         ("[32, 48, 1]", "no height and width"),

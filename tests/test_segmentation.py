@@ -147,7 +147,7 @@ def test_one_device_does_what_eight_do(checkpoint, scenes, monkeypatch):
 
 
 def test_own_masks_from_0_with_255_ignored_are_the_same(checkpoint, scenes, tmp_path, monkeypatch):
-    """Two values are ignored there, of which the first one is no class of ADE20K's numbers either."""
+    """Two values are ignored there, of which the first one is not a class of ADE20K's numbers either."""
     write(tmp_path)
     for path in (tmp_path / "annotations").rglob("*.png"):
         mask = np.asarray(Image.open(path)).astype(int)

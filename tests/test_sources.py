@@ -135,7 +135,7 @@ def test_npz_that_will_not_do_is_named(make_data, tmp_path, arrays, says):
 def test_an_npz_that_was_cut_off_is_named(make_data, npz, length):
     path, _ = npz
     path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(UserError, match=r"is no readable \.npz file"):
+    with pytest.raises(UserError, match=r"is not a readable \.npz file"):
         sources.load(make_data(source="npz", data_dir=str(path)), "train")
 
 
@@ -143,7 +143,7 @@ def test_npz_must_be_one(make_data, tmp_path):
     np.save(tmp_path / "a.npy", np.zeros(3))
     (tmp_path / "text.npz").write_text("no")
     for name in ("a.npy", "text.npz", "missing.npz", "."):
-        with pytest.raises(UserError, match=r"data\.data_dir = .* is no readable \.npz file"):
+        with pytest.raises(UserError, match=r"data\.data_dir = .* is not a readable \.npz file"):
             sources.load(make_data(source="npz", data_dir=str(tmp_path / name)), "train")
 
 
@@ -259,7 +259,7 @@ def test_names_that_are_no_text_are_read(make_data, tmp_path):
         (lambda root: "", r"data\.data_dir is empty"),
         (lambda root: root / "missing", "missing does not exist"),
         (lambda root: root, r"holds no images \(\.jpg"),
-        (lambda root: root / "file", "is no folder of images, but a file"),
+        (lambda root: root / "file", "is not a folder of images, but a file"),
     ],
 )
 def test_a_folder_that_will_not_do_is_named(make_data, tmp_path, make, says):

@@ -324,7 +324,7 @@ ARM = {"I-JEPA": {}}
         ({"seeds": ()}, "seeds: a study needs at least one seed"),
         ({"seeds": (1, 1)}, "one is there twice"),
         ({"seeds": 3}, "seeds must be a list"),
-        ({"baseline": "x"}, "baseline = 'x' is no arm"),
+        ({"baseline": "x"}, "baseline = 'x' is not an arm"),
         (
             {"arms": ARM | {"A": {"settings": {"vicreg": {"wait": 1}}}}},
             "arm 'A': unknown key vicreg.wait: did you mean",
@@ -350,7 +350,7 @@ ARM = {"I-JEPA": {}}
         ({"base": base() | {"eval": {"test_split": "test"}}}, "eval.test_split: a study judges on its own splits"),
         ({"base": base() | {"log": {"collapse": "stop"}}}, "log.collapse = 'stop' would end the runs that collapse"),
         ({"arms": {0.01: {}}}, "the name of an arm must be text, got 0.01"),
-        ({"baseline": 0.01}, "baseline = 0.01 is no arm"),
+        ({"baseline": 0.01}, "baseline = 0.01 is not an arm"),
         ({"probes": 100}, "arm 'I-JEPA': probes = 100 are more than its 6 steps"),
         ({"choose_by": "nkn"}, "choose_by = 'nkn' is none of eval.evaluators; did you mean 'knn'"),
         (

@@ -38,7 +38,7 @@ class Tally:
     read: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)  # by the way of decoding
     refused: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     slowest: dict[str, tuple[float, str]] = dataclasses.field(default_factory=dict)  # seconds, name of the file
-    raised: list[str] = dataclasses.field(default_factory=list)  # what was no UnreadableError
+    raised: list[str] = dataclasses.field(default_factory=list)  # what was not an UnreadableError
 
     def add(self, way: str, name: str, decode_it: Callable[[], object]) -> float:
         """Decodes a file and returns the seconds of a core that it took."""

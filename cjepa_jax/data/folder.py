@@ -48,12 +48,12 @@ def fingerprint(files: list[ImageFile]) -> str:
 def scan(root: str) -> Folder:
     """Lists the image files below `root`, however deep, by their suffixes; hidden ones are left out.
 
-    What has such a suffix and is no file, such as a pipe, a device or a link that leads nowhere, is named on stderr.
+    What has such a suffix and is not a file, such as a pipe, a device or a link that leads nowhere, is named on stderr.
     Raises UserError where there is no such folder or no image in it.
     """
     root = os.path.expanduser(root)
     require(os.path.exists(root), f"the folder of images {root} does not exist")
-    require(os.path.isdir(root), f"{root} is no folder of images, but a file")
+    require(os.path.isdir(root), f"{root} is not a folder of images, but a file")
     names = _split_folders(root)
     found = {name: list(_walk(root, place)) for name, place in names.items()} or {"train": list(_walk(root, ""))}
     found = {name: files for name, files in found.items() if files}
@@ -119,7 +119,7 @@ def _walk(root: str, below: str) -> Iterator[tuple[str, int]]:
                 if entry.is_file():
                     yield path, entry.stat().st_size
                 else:
-                    _say(f"skipped {entry.path}: it is no file, but a pipe, a device or a link that leads nowhere")
+                    _say(f"skipped {entry.path}: it is not a file, but a pipe, a device or a link that leads nowhere")
 
 
 @functools.cache

@@ -54,7 +54,7 @@ def _parquet_split(files: Sequence[epath.Path], split: str) -> tuple[Archive, tu
                 metadata.append(opened.metadata)
                 image, label, classes = _columns(opened.schema_arrow, path)
         except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{path} is no readable Parquet file: {one_line(error)[:200]}") from None
+            raise UserError(f"{path} is not a readable Parquet file: {one_line(error)[:200]}") from None
         for group in range(metadata[-1].num_row_groups):
             about = metadata[-1].row_group(group)
             require(

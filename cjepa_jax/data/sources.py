@@ -133,7 +133,7 @@ def _npz(data: Data, split: str) -> Source:
         with open(path, "rb") as file, np.load(file) as stored:
             arrays = dict(stored)
     except Exception as error:  # NumPy raises many kinds for what is damaged or another format
-        raise UserError(f"data.data_dir = {data.data_dir!r} is no readable .npz file: {one_line(error)}") from None
+        raise UserError(f"data.data_dir = {data.data_dir!r} is not a readable .npz file: {one_line(error)}") from None
     images = {key.removesuffix("_images"): array for key, array in arrays.items() if key.endswith("_images")}
     require(bool(images), f"{path} holds no array named SPLIT_images, only {', '.join(arrays)}")
     parts = _parts(split, **images)
@@ -257,7 +257,7 @@ def _builder(data: Data) -> Any:
     if not data.name:
         require(
             (epath.Path(data_dir) / "dataset_info.json").exists(),
-            f"data.name is empty, and data.data_dir = {data.data_dir!r} has no dataset_info.json: it is no data set",
+            f"data.name is empty, and data.data_dir = {data.data_dir!r} has no dataset_info.json: it is not a data set",
         )
         return tfds.builder_from_directory(data_dir)
     try:

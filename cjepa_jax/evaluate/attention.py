@@ -168,7 +168,7 @@ def _query_number(query: Sequence[int], grids: Sequence[Grid]) -> int | None:
     rows, columns = grids[0]
     require(
         row < rows and column < columns,
-        f"attention.query = {tuple(query)} is no patch: rows are 0 to {rows - 1}, columns 0 to {columns - 1}",
+        f"attention.query = {tuple(query)} is not a patch: rows are 0 to {rows - 1}, columns 0 to {columns - 1}",
     )
     lowest, highest = ("x".join(map(str, choose(grids))) for choose in (min, max))
     require(lowest == highest, f"attention.query: the checkpoints' grids differ, {lowest} and {highest} patches")

@@ -50,7 +50,7 @@ def judge(
     name = name or f"step{frozen.origin.networks.step}_{encoder}"
     stem = workdir / "evaluation" / name
     require(stem.parent.name == "evaluation", f"--name={name!r} must be a name without folders")
-    require(not stem.parent.exists() or stem.parent.is_dir(), f"{stem.parent} is no folder: move it away")
+    require(not stem.parent.exists() or stem.parent.is_dir(), f"{stem.parent} is not a folder: move it away")
     check_writable(workdir, "--checkpoint")
     stem.parent.mkdir(exist_ok=True)
     check_writable(stem, "--name")

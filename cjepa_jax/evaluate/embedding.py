@@ -94,7 +94,7 @@ def write(file: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
         import pyarrow.parquet
 
         flat = arrays["features"].reshape(len(arrays["names"]), -1)
-        # A file's name can hold bytes that are no text, which Parquet does not take: they become such as \xe9.
+        # A file's name can hold bytes that are not text, which Parquet does not take: they become such as \xe9.
         text = [os.fsencode(name).decode(errors="backslashreplace") for name in arrays["names"]]
         columns: dict[str, Any] = {"name": text, "features": list(flat)}
         if "labels" in arrays:

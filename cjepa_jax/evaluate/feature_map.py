@@ -40,7 +40,7 @@ class FeatureMap(Evaluator):
         """Draws STEM.map.png: a column an encoder, PCA above t-SNE, a colour for each class where there are labels.
 
         The rows of the result hold the share of the variance that two principal components have. Raises UserError
-        for features that are no numbers.
+        for features that are not numbers.
         """
         _, features = frozen.sample(frozen.test, self.images)
         labels = features[frozen.judged].labels
@@ -49,7 +49,7 @@ class FeatureMap(Evaluator):
         with frozen.progress("maps", total=len(frozen.params), unit="encoders") as bar:
             for name in frozen.params:
                 values = features[name].features
-                require(bool(np.isfinite(values).all()), f"the features of {name} hold values that are no numbers")
+                require(bool(np.isfinite(values).all()), f"the features of {name} hold values that are not numbers")
                 points, share = principal(values)
                 rows[name] = {"variance of two components": share}
                 maps["PCA"][f"{name}\n{100 * share:.0f} % of the variance"] = points

@@ -122,7 +122,7 @@ class Frozen:
         return images
 
     def progress(self, what: str, over: Iterable[Any] | None = None, *, total: int, unit: str) -> tqdm.tqdm:
-        """Makes a bar of progress, which also times; where stderr is no terminal it is renewed once a minute.
+        """Makes a bar of progress, which also times; where stderr is not a terminal it is renewed once a minute.
 
         It gives the elements of `over`, or is told of progress by `update`. There is no bar while the encoders are
         still in training.

@@ -120,7 +120,7 @@ def _check_output(source: epath.Path, output: pathlib.Path, kind: str, force: bo
     real = pathlib.Path(os.path.realpath(source))
     require(target not in (real, *real.parents), f"--output {output} is --input, or holds it")
     folder = kind in ("orbax", "transformers")
-    require(output.is_dir() == folder, f"--output {output} exists and is no {'folder' if folder else 'file'}")
+    require(output.is_dir() == folder, f"--output {output} exists and is not a {'folder' if folder else 'file'}")
     if folder:
         others = sorted(file.name for file in output.iterdir() if file.name not in _OURS)
         require(

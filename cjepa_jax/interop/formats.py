@@ -33,7 +33,7 @@ def open_source(path: epath.Path, options: ImportOptions) -> OpenedCheckpoint:
         if transformers.is_folder(path):
             return transformers.open_folder(path, options)
         raise UserError(
-            f"--input {path} is no checkpoint: neither a workdir, nor WORKDIR/checkpoints/STEP, nor a folder of "
+            f"--input {path} is not a checkpoint: neither a workdir, nor WORKDIR/checkpoints/STEP, nor a folder of "
             "transformers with config.json and *.safetensors"
         )
     require(is_file(path), f"--input {path} is neither a file nor a folder")

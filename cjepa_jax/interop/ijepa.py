@@ -25,13 +25,13 @@ def open_file(path: epath.Path, options: ImportOptions) -> OpenedCheckpoint:
     }
     require(
         any(network in networks for network in ENCODERS),
-        f"--input {path} is no checkpoint of I-JEPA: it has neither encoder nor target_encoder, but "
+        f"--input {path} is not a checkpoint of I-JEPA: it has neither encoder nor target_encoder, but "
         f"{', '.join(map(str, content))[:300] if isinstance(content, dict) else type(content).__name__}",
     )
     kinds = {f"{network}: {name}": _kind(x) for network, tensors in networks.items() for name, x in tensors.items()}
     check_float32(path, kinds, "float32")
     epoch = content.get("epoch", 0)
-    require(type(epoch) is int and epoch >= 0, f"--input {path} is damaged: its epoch is no number")
+    require(type(epoch) is int and epoch >= 0, f"--input {path} is damaged: its epoch is not a number")
     for network, tensors in networks.items():  # a tensor may repeat few numbers without end
         claimed, held = 4 * sum(x.numel() for x in tensors.values()), path.stat().length
         require(claimed <= held, f"--input {path} is damaged: its {network} claims {claimed} bytes of a file of {held}")

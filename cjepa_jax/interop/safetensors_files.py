@@ -24,7 +24,7 @@ def read(path: epath.Path, files: Sequence[epath.Path]) -> tuple[dict[str, np.nd
     tensors: dict[str, np.ndarray] = {}
     metadata: dict[str, str] = {}
     for file in files:
-        require(is_file(file), f"{file} is no file")
+        require(is_file(file), f"{file} is not a file")
         try:
             with safetensors.safe_open(file, framework="np") as content:
                 names = list(content.keys())

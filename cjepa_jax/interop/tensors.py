@@ -128,7 +128,9 @@ def _describe(file: str, tensors: Tensors, names: Names, options: ImportOptions)
     )
     height, image_width = options.image_size or 2 * (math.isqrt(count) * patch,)
     if options.image_size is None:
-        require(height**2 == count * patch**2, f"{file}: {names.positions} has {count} positions, which are no square")
+        require(
+            height**2 == count * patch**2, f"{file}: {names.positions} has {count} positions, which are not a square"
+        )
     require(
         height % patch == image_width % patch == 0 and height * image_width == count * patch**2,
         f"{file} is damaged: images of {height} x {image_width} pixels do not have {count} patches of {patch} pixels",

@@ -58,8 +58,8 @@ def attend_xla(
 
 
 def _capability(device: jax.Device) -> int | None:
-    """Gives the major number of CUDA's compute capability; None for what is no NVIDIA GPU."""
-    number = getattr(device, "compute_capability", "").split(".")[0]  # those of AMD's GPUs are no numbers
+    """Gives the major number of CUDA's compute capability; None for what is not an NVIDIA GPU."""
+    number = getattr(device, "compute_capability", "").split(".")[0]  # those of AMD's GPUs are not numbers
     return int(number) if number.isdigit() else None
 
 
@@ -102,7 +102,7 @@ def _cudnn_unsupported(*, tokens: int, width: int, heads: int, dtype: jax.typing
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"cuDNN has no attention in {jnp.dtype(dtype).name}"
     if width // heads % 8 or width // heads > 128:
-        return f"heads have {width // heads} features, which is no multiple of 8 up to 128"
+        return f"heads have {width // heads} features, which is not a multiple of 8 up to 128"
     if tokens % 2:
         return f"a sequence has {tokens} tokens, an odd number"
     return None

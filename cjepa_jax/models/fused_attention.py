@@ -43,7 +43,7 @@ def unsupported(*, tokens: int, width: int, heads: int, dtype: jax.typing.DTypeL
     """Says why the kernels cannot serve sequences of `tokens` x `width`, or returns None where they can."""
     smallest, largest = _HEAD_DIMS
     if width % 64:
-        return f"the width, {width}, is no multiple of 64"
+        return f"the width, {width}, is not a multiple of 64"
     if not smallest <= width // heads <= largest:
         return f"heads have {width // heads} features, not {smallest} to {largest}"
     if tokens > _MAX_TOKENS:

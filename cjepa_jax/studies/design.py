@@ -173,7 +173,7 @@ def read(values: Mapping[str, Any], workdir: epath.Path) -> Study:
     baseline = values.get("baseline", next(iter(given)))
     require(
         isinstance(baseline, str) and baseline in given,
-        f"baseline = {baseline!r} is no arm; {nearest(str(baseline), given)}",
+        f"baseline = {baseline!r} is not an arm; {nearest(str(baseline), given)}",
     )
     probes = values.get("probes", 10)
     require(type(probes) is int and probes >= 1, f"probes must be a whole number from 1, got {probes!r}")

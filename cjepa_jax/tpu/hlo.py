@@ -187,7 +187,7 @@ def shape_bytes(shape: str) -> int:
 
 
 def _instruction(line: str) -> Instruction | None:
-    """Parses a line; returns None where it is no instruction.
+    """Parses a line; returns None where it is not an instruction.
 
     Layouts, which follow `]`, and comments in long lists are removed first, because they would hide the opcode.
     """

@@ -55,7 +55,7 @@ def compile_step(program: step.Program, steps: int) -> jax.stages.Compiled:
 class SharedSteps:
     """Compiles steps as `compile_step` does, and gives the newest again where only the seed of the run is another.
 
-    The seed is no part of a step, so that the runs of one experiment with several seeds compile it once.
+    The seed is not part of a step, so that the runs of one experiment with several seeds compile it once.
     """
 
     def __init__(self):
@@ -135,7 +135,7 @@ def _of_machine() -> float:
         ("/sys/fs/cgroup", "memory.max", "memory.current"),
         ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
-        with contextlib.suppress(OSError, ValueError, LookupError):  # "max" is no number
+        with contextlib.suppress(OSError, ValueError, LookupError):  # "max" is not a number
             place = pathlib.Path(folder)
             stat = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
             cache = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))  # which the kernel gives back

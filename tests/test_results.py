@@ -134,16 +134,36 @@ def test_the_docs_compare_the_methods_with_each_change(study, number):
         assert f"| {' | '.join([*cells, *map(str, counts)])} |" in docs
 
 
+def along_the_way(folder: pathlib.Path, arm: str, measure: str) -> list[list[float]]:
+    """Gives what each seed has on held-out images after 20, 50 and 100 % of the images, in %."""
+    curves = [series(metrics(folder, path_of(arm, seed)), f"eval/{measure}") for seed in range(3)]
+    assert all(len(curve) == 10 for curve in curves)
+    return [[100 * curve[at] for curve in curves] for at in (1, 4, 9)]
+
+
+@pytest.mark.parametrize("study", ["convergence_cifar10", "convergence_tinyimagenet"])
+def test_the_docs_compare_the_terms_along_the_way(study):
+    """The paired differences from I-JEPA on held-out images, in points."""
+    folder = ROOT / "results" / study
+    docs = "\n".join(lines_of("study")).partition(f"[study_{study}.py](../configs/study_{study}.py): ")[2]
+    docs = docs.partition("\n## ")[0].splitlines()
+    for arm in ("variance and covariance", "invariance", "all"):
+        cells = [arm]
+        for measure in MEASURES:
+            for mine, others in zip(*(along_the_way(folder, one, measure) for one in (arm, "I-JEPA")), strict=True):
+                points = [value - other for value, other in zip(mine, others, strict=True)]
+                cells.append(f"{statistics.mean(points):+.1f} ± {statistics.stdev(points) / len(points) ** 0.5:.1f}")
+        assert f"| {' | '.join(cells)} |" in docs, cells
+
+
 def test_the_docs_show_other_methods_along_the_way():
-    """Nearest neighbours and the linear probe on held-out images after 20, 50 and 100 % of them, means over seeds."""
+    """Means over seeds on held-out images."""
     folder = ROOT / "results" / "neighbours_cifar10"
     docs = lines_of("study")
     for arm in json.loads((folder / "study.json").read_text())["arms"]:
         cells = [arm]
         for measure in MEASURES:
-            curves = [series(metrics(folder, path_of(arm, seed)), f"eval/{measure}") for seed in range(3)]
-            assert all(len(curve) == 10 for curve in curves)
-            cells += [f"{100 * statistics.mean(curve[at] for curve in curves):.1f}" for at in (1, 4, 9)]
+            cells += [f"{statistics.mean(values):.1f}" for values in along_the_way(folder, arm, measure)]
         assert f"| {' | '.join(cells)} |" in docs, cells
 
 

@@ -209,7 +209,7 @@ def damaged(name, tmp_path):
     if name == "empty":
         pq.write_table(pa.table({"image": pa.array([], pa.binary())}), root / "train.parquet")
         return root, "parquet", "hold no images"
-    return root, name, r"holds no \.(tar|parquet) files"
+    return root, name, r"holds no \.(tar|parquet) files, nor do the folders one and two levels below"
 
 
 @pytest.mark.parametrize(
@@ -241,6 +241,21 @@ def test_the_classes_of_parquet_are_those_of_all_splits(tmp_path):
         sources.load(data, "train")
     write_labels(tmp_path / "train.parquet", [0, 1], names=["cat", "dog"])
     with pytest.raises(UserError, match=r"the splits of .* have different classes"):
+        sources.load(data, "train")
+
+
+def test_the_parquet_files_of_a_split_agree(tmp_path):
+    """A file that names no classes has those of the others."""
+    data = Data(source="parquet", data_dir=str(tmp_path), **MEAN)
+    write_labels(tmp_path / "train-0.parquet", [1, 0], names=["cat", "dog"])
+    write_labels(tmp_path / "train-1.parquet", [0, 1])
+    assert sources.load(data, "train").classes == ("cat", "dog")
+    says = r"train-1\.parquet has other columns of images and labels, or other classes, than .*train-0\.parquet"
+    write_labels(tmp_path / "train-1.parquet", [0, 1], names=["dog", "cat"])
+    with pytest.raises(UserError, match=says):
+        sources.load(data, "train")
+    pq.write_table(pa.table({"photo": [jpeg(0)]}), tmp_path / "train-1.parquet")
+    with pytest.raises(UserError, match=says):
         sources.load(data, "train")
 
 

@@ -160,8 +160,7 @@ def odd(tmp_path_factory):
 @pytest.mark.parametrize("kind", NAMES)
 def test_every_pair_of_formats_gives_the_same_features(odd, tmp_path, source, kind):
     images = make_images(32)
-    options = {"num_heads": 3} if source == "ijepa" else {}
-    to(odd / NAMES[source], tmp_path / NAMES[kind], kind, **options)
+    to(odd / NAMES[source], tmp_path / NAMES[kind], kind)
     assert_close(features(kind, tmp_path / NAMES[kind], images, ODD), features_of_ours(odd / "ours", images))
 
 
@@ -331,7 +330,7 @@ def test_round_trip_of_a_release_bit_for_bit(tmp_path, prefix):
     to(tmp_path / "in.pth.tar", tmp_path / "ours", "orbax", num_heads=3)
     to(tmp_path / "ours", tmp_path / "out.pth.tar", "ijepa")
     again = torch.load(tmp_path / "out.pth.tar", weights_only=True)
-    assert again.pop("epoch") == 300
+    assert [again.pop(name) for name in ("epoch", "num_heads", "mean", "std")] == [300, 3, MEAN, STD]
     assert again.keys() == {"encoder", "predictor", "target_encoder"}
     for part, tensors in again.items():
         assert {prefix + name for name in tensors} == content[part].keys()
@@ -359,12 +358,13 @@ def test_heads_sizes_and_images_of_an_import(tmp_path):
     release(tmp_path / "ti.pth.tar", width=192, grid=2)  # 192 wide is in the table, two blocks of 60 are not
     to(tmp_path / "ti.pth.tar", tmp_path / "ti", "orbax")
     assert pretrained.load(epath.Path(tmp_path / "ti"), ("encoder",)).model.size == "192x2x3x0.3125"
-    to(tmp_path / "ours", tmp_path / "ours.safetensors", "timm")  # this file says the heads, so no flag is needed
-    to(tmp_path / "ours.safetensors", tmp_path / "again", "orbax")
-    again = pretrained.load(epath.Path(tmp_path / "again"), ("target_encoder",))
-    assert (again.model.size, again.mean) == (ODD, (0.1, 0.2, 0.3))
-    with pytest.raises(UserError, match=r"--num-heads = 4, but --input .* says 3: leave the flag out"):
-        to(tmp_path / "ours.safetensors", tmp_path / "x", "orbax", num_heads=4)
+    for kind in ("timm", "ijepa"):  # files that were written here say the heads, so no flag is needed
+        to(tmp_path / "ours", tmp_path / NAMES[kind], kind)
+        to(tmp_path / NAMES[kind], tmp_path / f"again_{kind}", "orbax")
+        again = pretrained.load(epath.Path(tmp_path / f"again_{kind}"), ("target_encoder",))
+        assert (again.model.size, again.mean) == (ODD, (0.1, 0.2, 0.3))
+        with pytest.raises(UserError, match=r"--num-heads = 4, but --input .* says 3: leave the flag out"):
+            to(tmp_path / NAMES[kind], tmp_path / "x", "orbax", num_heads=4)
 
 
 def test_sizes_are_those_of_timm():
@@ -420,8 +420,8 @@ def test_python_loads_every_format(odd, tmp_path):
     np.testing.assert_allclose(found, cjepa_jax.load(odd / "ours")(images), atol=1e-5)
 
 
-def test_a_flag_that_the_input_needs_is_that_of_convert(odd, tmp_path):
-    shutil.copy(odd / NAMES["ijepa"], tmp_path / "in.pth.tar")
+def test_a_flag_that_the_input_needs_is_that_of_convert(tmp_path):
+    release(tmp_path / "in.pth.tar")
     says = r"give --num-heads=N; that is a flag of python -m cjepa_jax\.convert --input=.*in\.pth\.tar --output="
     with pytest.raises(UserError, match=says):
         in_our_format(epath.Path(tmp_path / "in.pth.tar"))

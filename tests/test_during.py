@@ -98,7 +98,7 @@ def test_unlabelled_images_are_trained_on_and_labelled_ones_judge(make_config, t
             {"eval__evaluators": ("knn", "logistik")},
             "eval.evaluators: 'logistik' is not known; did you mean 'logistic'",
         ),
-        ({"eval__evaluators": ("davis",)}, "eval.evaluators: 'davis' is not known"),
+        ({"eval__evaluators": ("davis",)}, "eval.evaluators: 'davis' judges checkpoints only"),
         ({"eval__evaluators": ("collapse",), "data__train_split": "train[:1]"}, "collapse compares training images"),
     ],
 )

@@ -36,6 +36,9 @@ def test_stray_images_are_named_where_they_cost_the_labels(tmp_path, capsys):
     assert folder.scan(images(tmp_path, "cat/1.jpg", "dog/2.jpg", "stray.jpg")).classes == ()
     says = f"{tmp_path}/: the images have no labels, because 1 of them, such as stray.jpg, lie beside the folders"
     assert says in capsys.readouterr().err
+    nested = images(tmp_path / "nested", "all/cat/1.jpg", "all/dog/2.jpg", "all/stray.jpg")
+    assert folder.scan(nested).classes == ()
+    assert "because 1 of them, such as all/stray.jpg, lie beside the folders" in capsys.readouterr().err
     assert folder.scan(images(tmp_path / "flat", "1.jpg", "2.jpg")).classes == ()
     assert capsys.readouterr().err == ""
 

@@ -116,6 +116,7 @@ def test_the_peak_counts_what_the_method_needs(make_config, monkeypatch):
 
 def test_peaks_of_known_devices():
     assert chips.peak_flops("NVIDIA L4") == 121e12 and chips.peak_flops("TPU v5 lite") == 197e12
+    assert chips.peak_flops("TPU v5e") == 197e12 and chips.peak_flops("TPU v5p") == chips.peak_flops("TPU v5") == 459e12
     assert chips.peak_flops("cpu") is None and chips.peak_flops("NVIDIA L40S") is None
 
 

@@ -47,7 +47,7 @@ def find_files(root: str, suffix: str) -> dict[str, list[epath.Path]]:
         words = re.split("[^a-z]+", str(path.relative_to(folder)).lower().removesuffix(suffix))
         split = next((word for word in reversed(words) if word in SPLITS), "train")
         found.setdefault(split, []).append(path)
-    require(bool(found), f"the folder {root} holds no {suffix} files")
+    require(bool(found), f"the folder {root} holds no {suffix} files, nor do the folders one and two levels below")
     return found
 
 

@@ -60,9 +60,8 @@ def scan(root: str) -> Folder:
     require(bool(found), f"the folder {root} holds no images ({', '.join(SUFFIXES)})")
     class_of = {}
     for split, files in found.items():
-        class_of[split] = _classes([path for path, _ in files])
-        stray = [path for path, _ in files if "/" not in path]
-        if not class_of[split] and 0 < len(stray) < len(files):
+        class_of[split], stray = _classes([path for path, _ in files])
+        if stray:
             place = os.path.join(root, names.get(split, ""))
             _say(
                 f"{place}: the images have no labels, because {len(stray)} of them, such as {stray[0]}, lie beside the "
@@ -128,11 +127,14 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _classes(paths: list[str]) -> dict[str, str]:
-    """Returns the class of each path of a split; the dict is empty where the split has no labels."""
-    folders = {os.path.dirname(path) for path in paths}
-    common = os.path.commonpath(folders)
-    if common in folders:  # an image lies above the classes, or all lie in one folder
-        return {}
+def _classes(paths: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Returns the class of each path of a split, or {} where it has no labels, and the paths because of which.
+
+    These lie beside the folders of the others; there are none where all images lie in one folder.
+    """
+    common = os.path.commonpath({os.path.dirname(path) for path in paths})
+    beside = [path for path in paths if os.path.dirname(path) == common]
+    if beside:
+        return {}, beside if len(beside) < len(paths) else []
     depth = common.count("/") + 1 if common else 0
-    return {path: path.split("/")[depth] for path in paths}
+    return {path: path.split("/")[depth] for path in paths}, []

@@ -46,8 +46,7 @@ def _open(path: epath.Path, metadata: Any = None) -> Any:
 
 def _parquet_split(files: Sequence[epath.Path], split: str) -> tuple[Archive, tuple[str, ...], int]:
     """Opens a split. Gives the names of its classes, or, where the files do not name them, () and the largest label."""
-    metadata, groups, image, label = [], [], "", ""
-    classes: tuple[str, ...] = ()
+    metadata, groups, columns, named = [], [], set(), set()
     for number, path in enumerate(files):
         try:
             with _open(path) as opened:
@@ -55,6 +54,10 @@ def _parquet_split(files: Sequence[epath.Path], split: str) -> tuple[Archive, tu
                 image, label, classes = _columns(opened.schema_arrow, path)
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{path} is not a readable Parquet file: {one_line(error)[:200]}") from None
+        columns.add((image, label))
+        named |= {classes} if classes else set()
+        same = len(columns) == 1 and len(named) <= 1
+        require(same, f"{path} has other columns of images and labels, or other classes, than {files[0]}")
         for group in range(metadata[-1].num_row_groups):
             about = metadata[-1].row_group(group)
             require(
@@ -63,6 +66,7 @@ def _parquet_split(files: Sequence[epath.Path], split: str) -> tuple[Archive, tu
                 "image: write the set with groups of about 100 images, as `datasets` does for images",
             )
             groups.append((number, group, about.num_rows))
+    classes = named.pop() if named else ()
     ends = np.cumsum([rows for *_, rows in groups])
     local = threading.local()
 

@@ -55,7 +55,8 @@ class DuringTraining:
         )
         known = {name: one for name, one in settings.evaluators.items() if one.in_training}
         for name in options.evaluators:
-            require(name in known, f"eval.evaluators: {name!r} is not known; {nearest(name, known)}")
+            what = "judges checkpoints only" if name in settings.evaluators else "is not known"
+            require(name in known, f"eval.evaluators: {name!r} {what}; {nearest(name, known)}")
         self._evaluators = [known[name] for name in options.evaluators]
         data = config.eval.data(config.data)
         test = pipeline.Reader(sources.load(data, data.test_split), data)

@@ -9,8 +9,18 @@ from etils import epath
 
 from cjepa_jax.errors import UserError, one_line, require
 from cjepa_jax.interop import torch_names
-from cjepa_jax.interop.tensors import ImportOptions, OpenedCheckpoint, assemble, check_float32, to_contiguous_tensors
+from cjepa_jax.interop.tensors import (
+    ImportOptions,
+    OpenedCheckpoint,
+    assemble,
+    check_float32,
+    merge_options,
+    to_contiguous_tensors,
+)
+from cjepa_jax.models.vit import parse_size
 from cjepa_jax.pretrained import ENCODERS, Pretrained
+
+_SAID = ("num_heads", "mean", "std")  # what the tensors do not say; the release's files do not hold it
 
 INSTALL_TORCH = "pip install torch --index-url https://download.pytorch.org/whl/cpu"
 
@@ -35,6 +45,7 @@ def open_file(path: epath.Path, options: ImportOptions) -> OpenedCheckpoint:
     for network, tensors in networks.items():  # a tensor may repeat few numbers without end
         claimed, held = 4 * sum(x.numel() for x in tensors.values()), path.stat().length
         require(claimed <= held, f"--input {path} is damaged: its {network} claims {claimed} bytes of a file of {held}")
+    options = merge_options(path, options, {key: content[key] for key in _SAID if key in content})
 
     def load(wanted: Sequence[str]) -> Pretrained:
         tensors = {network: {name: x.detach().numpy() for name, x in networks[network].items()} for network in wanted}
@@ -86,7 +97,9 @@ def _names(network: str) -> torch_names.Names:
 
 
 def write(path: pathlib.Path, networks: Pretrained) -> None:
-    """Writes encoder, predictor, target_encoder and epoch; an encoder that is alone is written as both encoders.
+    """Writes encoder, predictor, target_encoder and epoch, and beside these the heads, mean and standard deviation.
+
+    An encoder that is alone is written as both encoders. The release's code does not look at what it does not know.
 
     Raises UserError for networks of images that are not square, which the release's networks cannot be.
     """
@@ -103,4 +116,5 @@ def write(path: pathlib.Path, networks: Pretrained) -> None:
         content[network] = {name: torch.from_numpy(x) for name, x in tensors.items()}
     alone = next(network for network in ENCODERS if network in content)
     content = {network: content[alone] for network in ENCODERS} | content
-    torch.save(content | {"epoch": networks.epoch}, path)
+    said = {"num_heads": parse_size(networks.model.size).heads, "mean": networks.mean, "std": networks.std}
+    torch.save(content | {"epoch": networks.epoch} | said, path)

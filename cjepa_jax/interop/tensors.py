@@ -43,6 +43,25 @@ class OpenedCheckpoint(NamedTuple):
     load: Callable[[Sequence[str]], Pretrained]  # loads the networks of these names; may be called once only
 
 
+def merge_options(path: epath.Path, options: ImportOptions, known: Mapping[str, Any]) -> ImportOptions:
+    """Merges what the flags say with `known`, what the file says.
+
+    The flags' mean and std count, as files are known that say wrong ones. Raises UserError where other things differ.
+    """
+    known = {key: tuple(value) if isinstance(value, list) else value for key, value in known.items()}
+    for key, value in known.items():
+        numbers = (value,) if key == "num_heads" else value
+        are_numbers = isinstance(numbers, tuple) and all(type(x) in (int, float) for x in numbers)
+        require(are_numbers, f"--input {path} is damaged: it says {key} = {str(value)[:100]}")
+        are_sizes = key != "image_size" or (len(numbers) == 2 and all(type(x) is int and x > 0 for x in numbers))
+        require(are_sizes, f"--input {path} is damaged: it says {key} = {str(value)[:100]}, no height and width")
+        said = getattr(options, key)
+        flag = key.replace("_", "-")
+        fits = said in (None, value) or key in ("mean", "std")
+        require(fits, f"--{flag} = {said}, but --input {path} says {value}: leave the flag out")
+    return options._replace(**{key: value for key, value in known.items() if getattr(options, key) is None})
+
+
 def assemble(
     file: str, tensors: Mapping[str, dict[str, np.ndarray]], names: Mapping[str, Names], options: ImportOptions
 ) -> Pretrained:

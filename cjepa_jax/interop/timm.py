@@ -9,8 +9,13 @@ from etils import epath
 
 from cjepa_jax.errors import UserError, one_line
 from cjepa_jax.interop import safetensors_files, torch_names
-from cjepa_jax.interop.safetensors_files import merge_options
-from cjepa_jax.interop.tensors import ImportOptions, OpenedCheckpoint, class_count, to_contiguous_tensors
+from cjepa_jax.interop.tensors import (
+    ImportOptions,
+    OpenedCheckpoint,
+    class_count,
+    merge_options,
+    to_contiguous_tensors,
+)
 from cjepa_jax.models.vit import parse_size
 from cjepa_jax.pretrained import Pretrained
 

@@ -11,13 +11,13 @@ from etils import epath
 from cjepa_jax.errors import require
 from cjepa_jax.files import is_file, read_json
 from cjepa_jax.interop import card, safetensors_files, torch_names
-from cjepa_jax.interop.safetensors_files import merge_options
 from cjepa_jax.interop.tensors import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     ImportOptions,
     OpenedCheckpoint,
     class_count,
+    merge_options,
     to_contiguous_tensors,
 )
 from cjepa_jax.models.layer_norm import LAYER_NORM_EPS

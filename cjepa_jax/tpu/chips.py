@@ -56,9 +56,9 @@ CLOCK_NOT_CALIBRATED = ("v6e",)
 # What JAX calls a kind of device -> FLOP/s of dense products in bfloat16. Source for GPUs: NVIDIA's data sheets.
 _PEAKS = {
     "TPU v4": CHIPS["v4"].flops,
-    "TPU v5 lite": CHIPS["v5e"].flops,
-    "TPU v5": CHIPS["v5p"].flops,
-    "TPU v6 lite": CHIPS["v6e"].flops,
+    **dict.fromkeys(("TPU v5 lite", "TPU v5e"), CHIPS["v5e"].flops),
+    **dict.fromkeys(("TPU v5", "TPU v5p"), CHIPS["v5p"].flops),
+    **dict.fromkeys(("TPU v6 lite", "TPU v6e"), CHIPS["v6e"].flops),
     "NVIDIA H100 80GB HBM3": 989e12,  # SXM
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,

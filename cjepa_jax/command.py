@@ -69,15 +69,18 @@ def load_config(file: str) -> dict[str, Any]:
 
 def _find(file: str) -> pathlib.Path:
     """Finds a config file: a path, or the name of a config that comes with the package."""
-    path = pathlib.Path(file)
-    here = pathlib.Path(__file__).parent
-    # They lie beside the package in a checkout, and in it where it is installed.
-    shipped = next((folder for folder in (here / "configs", here.parent / "configs") if folder.is_dir()), here)
+    path, shipped = pathlib.Path(file), _shipped()
     if not _is_file(path) and re.fullmatch("[a-z0-9_]+", file):
         path = shipped / f"{file}.py"
     known = ", ".join(sorted(found.stem for found in shipped.glob("*.py") if found.stem != "__init__"))
     require(_is_file(path), f"--config {file[:300]!r} does not exist; known by name: {known}")
     return path
+
+
+def _shipped() -> pathlib.Path:
+    """Gives the folder of the package's configs: beside the package in a checkout, and in it where it is installed."""
+    here = pathlib.Path(__file__).parent
+    return next((folder for folder in (here / "configs", here.parent / "configs") if folder.is_dir()), here)
 
 
 def _is_file(path: pathlib.Path) -> bool:
@@ -93,8 +96,8 @@ def _load(path: pathlib.Path) -> dict[str, Any]:
     Raises UserError for a file that cannot be run, or gives no settings.
     """
     require(path.suffix == ".py", f"--config {path} is not a Python file: its name must end in .py")
-    folder = str(path.resolve().parent.parent)
-    sys.path.insert(0, folder)
+    before = list(sys.path)
+    sys.path[:] = [str(path.resolve().parent.parent), *before, str(_shipped().parent)]
     try:
         spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
         assert spec and spec.loader
@@ -111,7 +114,7 @@ def _load(path: pathlib.Path) -> dict[str, Any]:
         where = f", line {line}" if line else ""
         raise UserError(f"--config {path}{where}: {type(error).__name__}: {one_line(error)[:300]}") from None
     finally:
-        sys.path.remove(folder)
+        sys.path[:] = before
     require(isinstance(values, Mapping), f"--config {path}: get_config() gave {type(values).__name__}, not settings")
     return dict(values)
 

@@ -9,7 +9,7 @@ import pathlib
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
@@ -42,10 +42,10 @@ def absolute(path: epath.Path) -> epath.Path:
     return path if is_remote(path) else path.resolve()
 
 
-def check_bucket_support(path: epath.Path, key: str) -> None:
+def check_bucket_support(path: epath.Path, key: str, needs: Sequence[str] = ("gcsfs", "google.cloud.storage")) -> None:
     """Raises UserError where `path` lies on gs:// and a package for that is missing; `key` names the setting."""
     if str(path).startswith("gs://"):
-        lacking = [name for name in ("gcsfs", "google.cloud.storage") if not _is_installed(name)]
+        lacking = [name for name in needs if not _is_installed(name)]
         require(not lacking, f"{key} {path}: {' and '.join(lacking)} missing; {GCS_INSTALL}")
 
 

@@ -259,6 +259,24 @@ def test_the_parquet_files_of_a_split_agree(tmp_path):
         sources.load(data, "train")
 
 
+def test_names_are_those_of_the_files_below_the_folder(tmp_path):
+    """To name an image reads no label, which may hang where the image does."""
+    for part in "ab":
+        (tmp_path / part).mkdir()
+        write_labels(tmp_path / part / "0.parquet", [0, 1])
+        with tarfile.open(tmp_path / part / "0.tar", "w") as tar:
+            add(tar, "x.jpg", jpeg(0))
+            add(tar, "deep/._x.jpg", b"what macOS adds")
+    (tmp_path / "._c.tar").write_bytes(b"what macOS adds")
+    source = sources.load(Data(source="webdataset", data_dir=str(tmp_path), **MEAN), "train")
+    assert [source.name(i) for i in range(len(source))] == [f"{tmp_path}/{part}/0.tar/x.jpg" for part in "ab"]
+    source = sources.load(Data(source="parquet", data_dir=str(tmp_path), **MEAN), "train")
+    names = [f"{tmp_path}/{part}/0.parquet[group 0, row {row}]" for part in "ab" for row in range(2)]
+    for part in "ab":
+        (tmp_path / part / "0.parquet").unlink()
+    assert [source.name(i) for i in range(len(source))] == names
+
+
 def test_a_row_without_an_image_is_unreadable(tmp_path):
     rows = pa.array([{"bytes": jpeg(0), "path": "0.jpg"}, {"bytes": None, "path": "elsewhere.jpg"}])
     pq.write_table(pa.table({"image": rows}), tmp_path / "train.parquet")

@@ -275,6 +275,15 @@ def test_exif_is_found_behind_other_segments(decoder, before):
 
 
 @pytest.mark.parametrize("decoder", ["fast", "pillow"])
+def test_the_orientation_of_xmp_alone_is_applied(decoder):
+    upright = photo()
+    stored = encoded(upright.transpose(Image.Transpose.ROTATE_180), "jpeg", quality=95)
+    xmp = b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta><rdf:Description tiff:Orientation="3"/></x:xmpmeta>'
+    found = crop(stored[:2] + segment(b"\xe1", xmp) + stored[2:], decoder=decoder)
+    assert psnr(found, crop(encoded(upright, "jpeg", quality=95), decoder=decoder)) > 30
+
+
+@pytest.mark.parametrize("decoder", ["fast", "pillow"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_sixteen_bits_become_eight(decoder, channels):
     deep, shown = noisy_16_bits()

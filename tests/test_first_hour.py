@@ -43,6 +43,14 @@ def test_stray_images_are_named_where_they_cost_the_labels(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_images_beside_folders_of_splits_are_named(tmp_path, capsys):
+    root = images(tmp_path, "train/a/1.jpg", "train/b/2.jpg", "bus/3.jpg", "car/x/4.jpg", "5.jpg", "notes/6.txt")
+    assert len(folder.scan(root).splits["train"]) == 2
+    assert capsys.readouterr().err == (
+        f"{root}: the images in train are taken as splits, and those beside them are not read: 5.jpg, bus, car\n"
+    )
+
+
 def test_a_file_is_no_folder_and_is_not_said_to_be_missing(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file is not a folder of images, but a file"):
@@ -83,7 +91,7 @@ def test_results_that_mean_less_than_they_seem_are_announced(make_config, capsys
 def test_the_count_of_unreadable_images_is_that_of_the_images_tried():
     broken = sources.Source([{"image": b"x", "label": None}] * 1800, "", (), str)
     reader = pipeline.Reader(broken, Data(source="own", max_bad_fraction=0.01))
-    with pytest.raises(UserError, match=r"^11 of the 11 images tried cannot be read, more than"):
-        for index in range(20):
+    with pytest.raises(UserError, match=r"^23 of the 23 images tried cannot be read, more than"):
+        for index in range(30):
             with contextlib.suppress(decode.UnreadableError):
                 reader.crops(index, [])

@@ -1,5 +1,6 @@
 """The stream of batches against what it promises."""
 
+import contextlib
 import copy
 import itertools
 import json
@@ -14,6 +15,7 @@ from PIL import Image
 
 from cjepa_jax.data import decode, pipeline, sources
 from cjepa_jax.data.augment import Augmentation, augment
+from cjepa_jax.data.decode import UnreadableError
 from cjepa_jax.errors import UserError
 from tests import commands
 
@@ -346,6 +348,34 @@ def test_too_many_bad_images_stop_the_run(make_data, images, bad, limit, stops):
         for _ in range(images // 12 + 2):
             next(batches)
     assert ("colour " in str(error.value) and "not a JPEG" in str(error.value)) or limit == 1.0
+
+
+def test_bad_images_that_lie_together_are_no_large_share_of_what_is_read_in_order(make_data):
+    """11 of 5,000 are bad, and 11 of the first 311."""
+    data = make_data(max_bad_fraction=0.01, batch_size=100)
+    reader = pipeline.Reader(colours(5000, range(300, 311)), data)
+    read = sum(len(images) for images, _ in pipeline.ordered_batches(reader, size=100, crop_fraction=1.0))
+    assert read == 4989 and len(reader.unreadable) == 11
+    reader = pipeline.Reader(colours(5000, range(300, 351)), data)
+    with pytest.raises(UserError, match=r"51 of the .* images tried cannot be read"):
+        list(pipeline.ordered_batches(reader, size=100, crop_fraction=1.0))
+
+
+@pytest.mark.parametrize("bad, stops", [(14, False), (22, False), (23, True)])
+def test_a_share_of_a_part_is_known_within_chance_only(make_data, bad, stops):
+    """10 of 1,000 may be bad, and 12.6 are four standard deviations."""
+    reader = pipeline.Reader(colours(100_000, range(bad)), make_data(max_bad_fraction=0.01))
+
+    def read():
+        for index in range(1000):
+            with contextlib.suppress(UnreadableError):
+                pipeline.central_view(reader, crop_fraction=1.0)(index)
+
+    if stops:
+        with pytest.raises(UserError, match=r"data\.max_bad_fraction = 0\.01"):
+            read()
+    else:
+        read()
 
 
 # Images in order

@@ -1,9 +1,11 @@
 """Folders of images to ArrayRecord shards, read back through plain TFDS."""
 
+import errno
 import hashlib
 import io
 import json
 import os
+import pathlib
 import resource
 import sys
 import threading
@@ -271,6 +273,27 @@ def test_too_many_unreadable_files_are_an_error(tmp_path, source):
         with pytest.raises(UserError, match=r"21 of the 41 images of the split train cannot be read; .*skipped\.txt"):
             prepare.prepare(str(source), str(tmp_path / "out"))
     assert not (tmp_path / "out" / "dataset_info.json").exists()
+
+
+@pytest.mark.parametrize("number, stops", [(errno.EIO, True), (errno.EMFILE, True), (errno.EACCES, False)])
+def test_storage_that_fails_ends_the_command_and_loses_no_image(tmp_path, source, monkeypatch, number, stops):
+    """A file that nobody may read is left out; after a failure of the storage the same command goes on."""
+    real = pathlib.Path.read_bytes
+
+    def fail(path):
+        if path.name == "3.jpg":
+            raise OSError(number, "of the storage")
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "read_bytes", fail)
+        if stops:
+            with pytest.raises(UserError, match=r"3\.jpg cannot be read .*of the storage\); mend the storage, or move"):
+                prepare.prepare(str(source), str(tmp_path / "out"))
+        else:
+            prepare.prepare(str(source), str(tmp_path / "out"))
+    prepare.prepare(str(source), str(tmp_path / "out"))
+    assert len(read(tmp_path / "out")[1]) == 20 - (not stops)
 
 
 # Going on

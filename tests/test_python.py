@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import sys
 import tomllib
 
 import jax
@@ -16,7 +17,7 @@ from etils import epath
 from PIL import Image
 
 import cjepa_jax
-from cjepa_jax import pretrained
+from cjepa_jax import command, pretrained
 from cjepa_jax.config import Data
 from cjepa_jax.data import sources
 from cjepa_jax.errors import UserError
@@ -63,6 +64,25 @@ def test_train_takes_files_and_settings_and_goes_on(run, capsys):
         cjepa_jax.train("digits", workdir=run, seed=1, **SMALL)
     with pytest.raises(UserError, match="'no_such' does not exist; known by name: digits,"):
         cjepa_jax.train("no_such", workdir=run)
+
+
+def test_a_file_of_ones_own_imports_the_configs_that_are_installed(tmp_path, monkeypatch):
+    installed = tmp_path / "site" / "cjepa_jax" / "configs"
+    for folder, name, text in (
+        (installed, "__init__", ""),
+        (installed, "base", "def get_config():\n    return {'seed': 7}\n"),
+        (tmp_path / "own", "mine", "from configs import base\nget_config = base.get_config\n"),
+    ):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.py").write_text(text)
+    monkeypatch.setattr(command, "_shipped", lambda: installed)
+    others = [path for path in sys.path if not (pathlib.Path(path) / "configs").is_dir()]
+    monkeypatch.setattr(sys, "path", others)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "configs"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert command.load_config(str(tmp_path / "own" / "mine.py")) == {"seed": 7}
+    assert sys.path == others
+    del sys.modules["configs.base"]
 
 
 def test_train_on_images_that_a_program_gives(tmp_path, monkeypatch):

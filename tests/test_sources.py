@@ -13,7 +13,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from cjepa_jax.data import folder, pipeline, sources
+from cjepa_jax import files
+from cjepa_jax.data import decode, folder, pipeline, sources
 from cjepa_jax.errors import UserError
 from tests.helpers import encoded
 
@@ -427,6 +428,50 @@ def test_tfds_without_a_label(make_odd):
 def test_tfds_without_an_image_is_refused(make_odd):
     with pytest.raises(UserError, match=r"odd/1\.0\.0 has no image, only kind, number"):
         sources.load(make_odd(None, None, "kind"), "train")
+
+
+def test_a_folder_of_tfds_that_cannot_be_read_is_one_line(make_data, tmp_path, monkeypatch):
+    tfds.disable_progress_bar()
+    Tiny(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    folder = tmp_path / "tiny" / "1.0.0"
+    data = make_data(source="tfds", name="", data_dir=str(folder))
+    with pytest.raises(UserError, match=r"split 'train\[5:3\]' of tiny/1\.0\.0 cannot be read"):
+        sources.load(data, "train[5:3]")
+    info = folder / "dataset_info.json"
+    whole = info.read_text()
+    info.write_text(whole.replace('"array_record"', '"tfrecord"'))
+    with pytest.raises(UserError, match=r"split 'train' of tiny/1\.0\.0 cannot be read"):
+        sources.load(data, "train")
+    info.write_text(whole[:50])
+    with pytest.raises(UserError, match=r"data\.data_dir = .* is damaged: "):
+        sources.load(data, "train")
+    monkeypatch.setattr(files, "_is_installed", lambda name: False)
+    with pytest.raises(UserError, match=r"data\.data_dir gs://x/y: gcsfs missing; pip install gcsfs"):
+        sources.load(make_data(source="tfds", name="", data_dir="gs://x/y"), "train")
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int32, np.uint16, np.int8])
+def test_pixels_of_an_own_source_must_be_uint8(make_data, kind):
+    """Pillow would take them, and make them black."""
+    source = sources.Source([{"image": np.ones((8, 8), kind), "label": None}], "", (), str)
+    reader = pipeline.Reader(source, make_data(max_bad_fraction=1.0))
+    with pytest.raises(decode.UnreadableError, match=f"pixels must be uint8, got {np.dtype(kind)}"):
+        pipeline.central_view(reader, crop_fraction=1.0)(0)
+
+
+def test_labels_are_read_with_the_images_where_they_lie_there(tiny):
+    """A record that cannot be read has none."""
+    source = sources.load(tiny, "train")
+    labels = [int(source.read(i)["label"]) for i in range(12)]
+    assert source.labels() == labels
+
+    def read(index):
+        if index == 3:
+            raise OSError("gone")
+        return source.records[index]
+
+    damaged = dataclasses.replace(source, records=sources.Records(12, read))
+    assert damaged.labels() == [*labels[:3], None, *labels[4:]]
 
 
 def test_tfds_stored_otherwise_is_refused(make_data, tmp_path):

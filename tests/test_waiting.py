@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 
+import numpy as np
 import pytest
 from etils import epath
 from PIL import Image
@@ -54,6 +55,13 @@ def test_a_file_that_does_not_come_is_named_once_and_given_up(pool, release, mon
         waiting.result(future, timeout=1)
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and said.startswith("waiting for a.jpg, which was not read within 0 s; gives up after")
+
+
+def test_a_source_may_read_from_another_one():
+    base = sources.from_arrays(np.arange(3 * 4, dtype=np.uint8).reshape(3, 2, 2))
+    odd = sources.Source(sources.Records(1, lambda index: base.read(2 * index + 1)), "odd", (), str)
+    np.testing.assert_array_equal(odd.read(0)["image"], [[4, 5], [6, 7]])
+    assert not waiting._reads
 
 
 def test_a_stop_gives_up_a_file_that_hangs_and_no_other(pool, release, monkeypatch):

@@ -16,7 +16,7 @@ from cjepa_jax.errors import require
 class Place(NamedTuple):
     """Says where one image of an archive is, how large it is and of which class."""
 
-    name: str  # of its file and member, or row
+    name: str  # of its file, relative to the folder, and member, or row
     bytes: int  # of the encoded image; 0 where that is not known without reading it
     label: int | None
 
@@ -25,6 +25,7 @@ class Archive(NamedTuple):
     """One split: its images in the order in which they are stored."""
 
     length: int
+    name: Callable[[int], str]  # that of `place`, without reading anything
     place: Callable[[int], Place]
     read: Callable[[int], bytes]
     fingerprint: str  # of the files' names and sizes, and of what they say they hold
@@ -43,12 +44,18 @@ def find_files(root: str, suffix: str) -> dict[str, list[epath.Path]]:
     require(folder.is_dir(), f"the folder {root} does not exist")
     found: dict[str, list[epath.Path]] = {}
     depths = ("", "*/", "*/*/")  # folders of folders; on gs:// to look deeper would cost many requests
-    for path in sorted(path for depth in depths for path in folder.glob(f"{depth}*{suffix}")):
+    paths = (path for depth in depths for path in folder.glob(f"{depth}*{suffix}"))
+    for path in sorted(path for path in paths if not path.name.startswith(".")):
         words = re.split("[^a-z]+", str(path.relative_to(folder)).lower().removesuffix(suffix))
         split = next((word for word in reversed(words) if word in SPLITS), "train")
         found.setdefault(split, []).append(path)
     require(bool(found), f"the folder {root} holds no {suffix} files, nor do the folders one and two levels below")
     return found
+
+
+def relative(path: epath.Path, root: str) -> str:
+    """Gives the path of one of `find_files`' files relative to the folder, by which it is named."""
+    return str(path.relative_to(epath.Path(os.path.expanduser(root))))
 
 
 def digest(files: Sequence[epath.Path], content: str) -> str:

@@ -100,7 +100,12 @@ def open_file(picture: bytes) -> Image.Image:
 
 def open_picture(picture: bytes | np.ndarray, channels: int) -> Image.Image:
     """Returns the whole picture, upright, in greyscale (1 channel) or RGB (3 channels). Raises as `open_file` does."""
-    image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else ImageOps.exif_transpose(open_file(picture))
+    if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8:  # Pillow would take many types, and make their pixels black
+            raise UnreadableError(f"pixels must be uint8, got {picture.dtype}")
+        image = Image.fromarray(picture)
+    else:
+        image = ImageOps.exif_transpose(open_file(picture))
     if image.mode.startswith("I"):  # 16 bits, which convert() would cut off at 255
         grey = np.asarray(image)
         unseen = grey == image.info.get("transparency", -1)
@@ -129,16 +134,19 @@ def jpeg_size(picture: bytes) -> tuple[int, int] | None:
 
 
 def _has_exif(jpeg: bytes) -> bool:
-    """Tells whether there may be Exif data before the first scan."""
+    """Tells whether there may be Exif or XMP data, which can turn the image, before the first scan."""
     at = 2
     for _ in range(_SEGMENTS):  # to search the file takes ten times as long
         if jpeg.startswith(b"\xff\xda", at):
             return False
         if not jpeg.startswith(b"\xff", at) or jpeg.startswith(b"\xff\xff", at):
             break
-        if jpeg.startswith(b"\xff\xe1", at) and jpeg.startswith(b"Exif\0\0", at + 4):
-            return True
-        at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+        end = at + 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+        if jpeg.startswith(b"\xff\xe1", at):
+            xmp = jpeg.startswith(b"http://ns.adobe.com/xap/", at + 4) and b"tiff:Orientation" in jpeg[at:end]
+            if xmp or jpeg.startswith(b"Exif\0\0", at + 4):
+                return True
+        at = end
     return b"Exif\0\0" in jpeg  # other decoders pass over whatever broke the order
 
 

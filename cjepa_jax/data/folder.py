@@ -55,6 +55,7 @@ def scan(root: str) -> Folder:
     require(os.path.exists(root), f"the folder of images {root} does not exist")
     require(os.path.isdir(root), f"{root} is not a folder of images, but a file")
     names = _split_folders(root)
+    _say_what_lies_beside(root, names)
     found = {name: list(_walk(root, place)) for name, place in names.items()} or {"train": list(_walk(root, ""))}
     found = {name: files for name, files in found.items() if files}
     require(bool(found), f"the folder {root} holds no images ({', '.join(SUFFIXES)})")
@@ -94,6 +95,23 @@ def _split_folders(root: str) -> dict[str, str]:
             require(split not in found, f"the folder {root} holds both {found.get(split)} and {name}: rename one")
             found[split] = name
     return {split: found[split] for split in SPLITS if split in found}
+
+
+def _say_what_lies_beside(root: str, splits: dict[str, str]) -> None:
+    """Names the images and folders of images that are left out, because they lie beside folders of splits."""
+    others = [entry for entry in os.scandir(root) if splits and entry.name not in (*splits.values(),)]
+    beside = sorted(
+        entry.name
+        for entry in others
+        if not entry.name.startswith(".")
+        and (next(_walk(root, entry.name), None) if entry.is_dir() else entry.name.lower().endswith(SUFFIXES))
+    )
+    if beside:
+        more = ", ..." if len(beside) > 5 else ""
+        _say(
+            f"{root}: the images in {', '.join(splits.values())} are taken as splits, and those beside them are not "
+            f"read: {', '.join(beside[:5])}{more}"
+        )
 
 
 def _walk(root: str, below: str) -> Iterator[tuple[str, int]]:

@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 from etils import epath
 
-from cjepa_jax.data.archives import Archive, Archives, Place, digest, find_files
+from cjepa_jax.data.archives import Archive, Archives, Place, digest, find_files, relative
 from cjepa_jax.errors import UserError, one_line, require
 from cjepa_jax.files import is_remote
 
@@ -30,7 +30,7 @@ def scan(root: str) -> Archives:
     splits: dict[str, Archive] = {}
     named, most = set(), -1
     for split, files in find_files(root, ".parquet").items():
-        splits[split], classes, largest = _parquet_split(files, split)
+        splits[split], classes, largest = _parquet_split(files, split, root)
         named |= {classes} if classes else set()
         most = max(most, largest)
     require(len(named) <= 1, f"the splits of {root} have different classes")
@@ -44,7 +44,7 @@ def _open(path: epath.Path, metadata: Any = None) -> Any:
     return pyarrow.parquet.ParquetFile(source, metadata=metadata, memory_map=not is_remote(path))
 
 
-def _parquet_split(files: Sequence[epath.Path], split: str) -> tuple[Archive, tuple[str, ...], int]:
+def _parquet_split(files: Sequence[epath.Path], split: str, root: str) -> tuple[Archive, tuple[str, ...], int]:
     """Opens a split. Gives the names of its classes, or, where the files do not name them, () and the largest label."""
     metadata, groups, columns, named = [], [], set(), set()
     for number, path in enumerate(files):
@@ -87,7 +87,10 @@ def _parquet_split(files: Sequence[epath.Path], split: str) -> tuple[Archive, tu
 
     def read(index: int) -> bytes:
         which, row = find(index)
-        value = table(which)[row].as_py()
+        try:
+            value = table(which)[row].as_py()
+        except pyarrow.ArrowException as error:
+            raise OSError(f"the row is damaged: {one_line(error)[:200]}") from None
         raw = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(raw, bytes):
             raise OSError("the row holds no bytes of an image")
@@ -95,15 +98,18 @@ def _parquet_split(files: Sequence[epath.Path], split: str) -> tuple[Archive, tu
 
     labels = _Labels(files, metadata, label)
 
-    def place(index: int) -> Place:
+    def name(index: int) -> str:
         which, row = find(index)
         number, group, _ = groups[which]
-        return Place(f"{files[number].name}[group {group}, row {row}]", 0, labels[index] if label else None)
+        return f"{relative(files[number], root)}[group {group}, row {row}]"
+
+    def place(index: int) -> Place:
+        return Place(name(index), 0, labels[index] if label else None)
 
     content = json.dumps([[meta.num_rows, meta.num_row_groups, meta.serialized_size] for meta in metadata])
     length = int(ends[-1]) if groups else 0
     require(length > 0, f"the .parquet files of the split {split} hold no images")
-    archive = Archive(length, place, read, f"{length} images {digest(files, content)}")
+    archive = Archive(length, name, place, read, f"{length} images {digest(files, content)}")
     return archive, classes, labels.most if label and not classes else -1
 
 

@@ -46,7 +46,7 @@ class Reader:
         self.source = source
         self.data = data
         self.unreadable: dict[str, str] = {}  # name -> why
-        self._tried = 0
+        self._tried = self._expected = 0
         self._lock = threading.Lock()
 
     def crops(self, index: int, choose_boxes: Sequence[decode.ChooseBox]) -> tuple[list[decode.Crop], int | None]:
@@ -67,14 +67,20 @@ class Reader:
             raise
         return pixels, record["label"]
 
+    def expect(self, count: int) -> None:
+        """Says that so many images will be read one after another, so that the first ones are not judged alone."""
+        self._expected = max(self._expected, count)
+
     def _remember(self, index: int, reason: str) -> None:
         name, limit = self.source.name(index), self.data.max_bad_fraction
         with self._lock:
             self.unreadable[name] = reason
-            # Of the first few images one alone would be a large share.
-            share = len(self.unreadable) / max(self._tried, min(1000, len(self.source)))
+            # Of the first few images one alone would be a large share, and of a part of them the share is known to
+            # within chance only, of which four standard deviations are left.
+            seen = max(self._tried, self._expected, min(1000, len(self.source)))
+            chance = 4 * math.sqrt(limit * seen) if seen < len(self.source) else 0.0
         require(
-            share <= limit,
+            len(self.unreadable) <= limit * seen + chance,
             f"{len(self.unreadable)} of the {self._tried} images tried cannot be read, more than "
             f"data.max_bad_fraction = {limit} allows; the last one: {name} ({reason})",
         )
@@ -210,6 +216,7 @@ def labelled_batches(
     """
     data, rows = reader.data, range(size) if rows is None else rows
     nothing = np.zeros((*data.image_shape, data.channels), np.uint8), NO_IMAGE
+    reader.expect(len(indices) * len(rows) // size)
 
     def one(position: int) -> tuple[np.ndarray, int | None]:
         if position < len(indices):

@@ -21,6 +21,7 @@ Ctrl-C and SIGTERM.
 import collections
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import functools
 import itertools
@@ -230,7 +231,7 @@ def in_order(pool: Executor, function: Callable, items: Iterable, *, window: int
 def _record(
     file: folder.ImageFile, *, root: str, settings: dict[str, Any], features: tfds.features.FeaturesDict
 ) -> bytes | str:
-    """Returns the record of an image, or the reason why there is none."""
+    """Returns the record of an image, or the reason why there is none. Raises UserError where the storage fails."""
     try:
         path = os.path.join(root, file.path)
         with waiting.reading(lambda: path):
@@ -239,6 +240,12 @@ def _record(
     except decode.UnreadableError as error:
         return one_line(error)
     except OSError as error:
+        # What the storage may give again, such as after EIO, must not be left out for good.
+        require(
+            error.errno in (None, errno.EACCES, errno.EPERM, errno.ENOENT),
+            f"{file.path} cannot be read ({one_line(error)}); mend the storage, or move the file away, and give the "
+            "same command again",
+        )
         return f"{type(error).__name__}: {one_line(error)}"
     example: dict[str, Any] = {"image": image, "file_name": os.fsencode(file.path)}
     if "label" in features:

@@ -13,21 +13,24 @@ clevr_count, clevr_distance  TFDS' clevr with the labels of VTAB (arXiv 1910.048
 own     Images that a program gave: `from_arrays`, or a Source of its own.
 """
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence, Sized
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from etils import epath
+from tqdm import tqdm
 
 from cjepa_jax.config import Data
 from cjepa_jax.data import archives, folder, tars, waiting
 from cjepa_jax.data.decode import UnreadableError
 from cjepa_jax.errors import UserError, one_line, require
+from cjepa_jax.files import check_bucket_support
 
 Record = dict[str, Any]  # {"image", "label"}
 
@@ -54,9 +57,21 @@ class Source:
             raise UnreadableError(f"{type(error).__name__}: {error}") from error
 
     def labels(self) -> list[int | None]:
-        """Returns the labels of all records; where the storage gives them only with the images, these are read."""
-        label = self.label or (lambda index: self.read(index)["label"])
-        return [label(index) for index in range(len(self))]
+        """Returns the labels of all records; where the storage gives them only with the images, these are read.
+
+        An image that cannot be read has the label None, too.
+        """
+        if self.label:
+            return [self.label(index) for index in range(len(self))]
+
+        def one(index: int) -> int | None:
+            with contextlib.suppress(UnreadableError):
+                return self.read(index)["label"]
+            return None
+
+        with concurrent.futures.ThreadPoolExecutor(32) as pool:  # on gs:// each read takes long
+            found = pool.map(one, range(len(self)))
+            return list(tqdm(found, "labels", len(self), delay=5, disable=not sys.stderr.isatty(), leave=False))
 
 
 def load(data: Data, split: str) -> Source:
@@ -64,12 +79,13 @@ def load(data: Data, split: str) -> Source:
 
     Raises UserError where it does not exist, cannot be prepared, or holds no images.
     """
+    check_bucket_support(epath.Path(data.data_dir), "data.data_dir", needs=("gcsfs",))
     source = _LOADERS[data.source](data, split)
     require(len(source) > 0, f"data: split {split!r} of {data.name or data.source} holds no images")
     return source
 
 
-class _Records(Sequence[Record]):
+class Records(Sequence[Record]):
     """Makes records from their indices, on demand."""
 
     def __init__(self, length: int, read: Callable[[int], Record]):
@@ -110,7 +126,7 @@ def from_arrays(
         return {"image": images[index], "label": label(index)}
 
     fingerprint = f"{len(images)} images {digest.hexdigest()[:16]}"
-    return Source(_Records(len(images), read), fingerprint, classes, lambda index: f"{name}[{index}]", label)
+    return Source(Records(len(images), read), fingerprint, classes, lambda index: f"{name}[{index}]", label)
 
 
 def _digits(data: Data, split: str) -> Source:
@@ -159,7 +175,7 @@ def _folder(data: Data, split: str) -> Source:
 
     classes = found.classes if all(file.label is not None for file in files) else ()
     return Source(
-        _Records(len(files), read),
+        Records(len(files), read),
         f"{len(files)} files {folder.fingerprint(files)}",
         classes,
         lambda index: os.path.join(found.root, files[index].path),
@@ -181,118 +197,11 @@ def _parts(split: str, **splits: Sized) -> list[tuple[str, slice]]:
     return [(i.splitname, slice(i.from_, i.to)) for i in instructions]
 
 
-class _Label(NamedTuple):
-    """Describes labels that follow from the stored features of a record."""
+def _tfds(data: Data, split: str) -> Source:
+    from cjepa_jax.data import tfds_sets  # which imports TFDS
 
-    classes: tuple[str, ...]
-    derive: Callable[[Any], int]  # the stored features, by their names in the file -> label, negative where unknown
-
-
-def _tfds(data: Data, split: str, label: _Label | None = None) -> Source:
-    """Opens a TFDS data set, with its own label or `label`; images stay encoded until a thread crops them."""
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    builder = _builder(data)
-    features = dict(sorted(builder.info.features.items()))  # TFDS' own order changes from process to process
-    images = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
-    labels = [key for key, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
-    require(bool(images), f"data: {builder.info.full_name} has no image, only {', '.join(features)}")
-    image_key = "image" if "image" in images else images[0]
-    if label is None and labels:
-        key = "label" if "label" in labels else labels[0]
-        label = _Label(tuple(features[key].names), lambda stored: stored[key].int64_list.value[0])
-    try:
-        records = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
-    except ValueError as error:
-        raise UserError(
-            f"data: split {split!r} of {builder.info.full_name} cannot be read: {one_line(error)}"
-        ) from None
-
-    def read(index: int) -> Record:
-        # Twenty times as fast as TFDS' own deserialising, and other features need not be understood.
-        stored = tf_example_pb2.Example.FromString(records[index]).features.feature
-        found = -1 if label is None else label.derive(stored)  # TFDS' unknown label is -1
-        return {"image": stored[image_key].bytes_list.value[0], "label": None if found < 0 else found}
-
-    content = {name: [info.num_examples, info.num_bytes] for name, info in builder.info.splits.items()}
-    return Source(
-        _Records(len(records), read),
-        f"{builder.info.full_name} {split} {json.dumps(content, sort_keys=True)}",
-        label.classes if label else (),
-        lambda index: f"{builder.info.full_name} {split}[{index}]",
-    )
-
-
-_CLEVR_DISTANCES = (8.0, 8.5, 9.0, 9.5, 10.0)  # VTAB's: about as many images between any two
-
-
-def _clevr_count(stored: Any) -> int:
-    """Returns the class 0 to 7 for 3 to 10 objects; it is negative for the split "test", which lists none."""
-    return len(stored["objects/size"].int64_list.value) - 3
-
-
-def _clevr_distance(stored: Any) -> int:
-    """Counts the thresholds that lie below the distance of the closest object from the camera."""
-    depths = stored["objects/pixel_coords"].float_list.value[2::3]  # (x, y, depth) of each object
-    return int(np.searchsorted(_CLEVR_DISTANCES, min(depths))) if depths else -1
-
-
-_CLEVR = {
-    "clevr_count": _Label(tuple(f"{n} objects" for n in range(3, 11)), _clevr_count),
-    "clevr_distance": _Label((*(f"to {d}" for d in _CLEVR_DISTANCES), "further"), _clevr_distance),
-}
-
-
-def _clevr(data: Data, split: str) -> Source:
-    found = _tfds(dataclasses.replace(data, name="clevr"), split, _CLEVR[data.source])
-    return dataclasses.replace(found, fingerprint=f"{data.source} of {found.fingerprint}")
-
-
-def _builder(data: Data) -> Any:
-    """Returns the prepared builder; prepares the data set where TFDS can do so by itself."""
-    import tensorflow_datasets as tfds
-
-    data_dir = os.path.expanduser(data.data_dir)
-    if not data.name:
-        require(
-            (epath.Path(data_dir) / "dataset_info.json").exists(),
-            f"data.name is empty, and data.data_dir = {data.data_dir!r} has no dataset_info.json: it is not a data set",
-        )
-        return tfds.builder_from_directory(data_dir)
-    try:
-        builder = tfds.builder(data.name, data_dir=data_dir or None, file_format="array_record")
-    except tfds.core.DatasetNotFoundError:
-        raise UserError(f"data.name = {data.name!r} is not a TFDS data set (tfds.list_builders() lists them)") from None
-    except (ValueError, AssertionError) as error:  # a malformed name or version, or another file format
-        raise UserError(
-            f"data.name = {data.name!r} cannot be read as array_record in data.data_dir = {data.data_dir!r}: "
-            f"{one_line(error)}"
-        ) from None
-    if not builder.is_prepared():
-        print(f"preparing {data.name} in {builder.data_path}", file=sys.stderr, flush=True)
-        try:
-            builder.download_and_prepare()
-        except Exception as error:  # no network, no TensorFlow, files to be placed by hand, no space, ...
-            if builder.is_prepared():  # by another process, which has been faster
-                return _builder(data)
-            raise UserError(_how_to_prepare(builder, data, one_line(error))) from None
-    return builder
-
-
-def _how_to_prepare(builder: Any, data: Data, reason: str) -> str:
-    arguments = f"{data.name!r}, file_format='array_record'" + (
-        f", data_dir={data.data_dir!r}" if data.data_dir else ""
-    )
-    command = f"import tensorflow_datasets as tfds; tfds.builder({arguments}).download_and_prepare()"
-    manual = builder.MANUAL_DOWNLOAD_INSTRUCTIONS
-    root = os.path.dirname(os.path.dirname(str(builder.data_path)))
-    where = f" First put the files into {root}/downloads/manual: {one_line(manual)}" if manual else ""
-    return (
-        f"{data.name} could not be prepared in {root} ({reason[:300]}).{where} Then install TensorFlow, which some "
-        f'sets need, and run: python -c "{command}". Images in folders need no TensorFlow: see '
-        "python -m cjepa_jax.data.prepare --help"
-    )
+    found = tfds_sets.load(data, split)
+    return Source(Records(found.length, found.read), found.fingerprint, found.classes, found.name)
 
 
 def _archive(data: Data, split: str) -> Source:
@@ -323,11 +232,11 @@ def _archive(data: Data, split: str) -> Source:
 
     def name(index: int) -> str:
         archive, at = find(index)
-        return os.path.join(data.data_dir, archive.place(at).name)
+        return os.path.join(data.data_dir, archive.name(at))
 
     content = " ".join(f"{one} {archive.fingerprint}" for one, archive in sorted(found.splits.items()))
     length = int(ends[-1]) if parts else 0
-    return Source(_Records(length, read), f"{length} images of {split}: {content}", found.classes, name, label)
+    return Source(Records(length, read), f"{length} images of {split}: {content}", found.classes, name, label)
 
 
 def _own(data: Data, split: str) -> Source:
@@ -342,8 +251,8 @@ _LOADERS: dict[str, Callable[[Data, str], Source]] = {
     "npz": _npz,
     "folder": _folder,
     "tfds": _tfds,
-    "clevr_count": _clevr,
-    "clevr_distance": _clevr,
+    "clevr_count": _tfds,
+    "clevr_distance": _tfds,
     "webdataset": _archive,
     "parquet": _archive,
     "own": _own,

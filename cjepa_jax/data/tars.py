@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from cjepa_jax.data.archives import Archive, Archives, Place, digest, find_files
+from cjepa_jax.data.archives import Archive, Archives, Place, digest, find_files, relative
 from cjepa_jax.data.folder import SUFFIXES
 from cjepa_jax.errors import UserError, one_line, require
 
@@ -42,12 +42,12 @@ def scan(root: str) -> Archives:
     for split, files in find_files(root, ".tar").items():
         members = _index(files)
         require(len(members.file) > 0, f"the .tar files of the split {split} in {root} hold no images")
-        splits[split] = _tar_split(files, members)
+        splits[split] = _tar_split(files, members, root)
         most = max(most, int(members.label.max()))
     return Archives(splits, tuple(str(i) for i in range(most + 1)))
 
 
-def _tar_split(files: Sequence[epath.Path], members: _Members) -> Archive:
+def _tar_split(files: Sequence[epath.Path], members: _Members, root: str) -> Archive:
     def read(index: int) -> bytes:
         size = int(members.size[index])
         with open(
@@ -58,19 +58,22 @@ def _tar_split(files: Sequence[epath.Path], members: _Members) -> Archive:
             raise OSError(f"{file.name} ends in the midst of this image")
         return raw
 
+    def name(index: int) -> str:
+        file = relative(files[int(members.file[index])], root)
+        return f"{file}/{os.fsdecode(bytes(members.key[index]))}"
+
     def place(index: int) -> Place:
         label = int(members.label[index])
-        name = f"{files[int(members.file[index])].name}/{os.fsdecode(bytes(members.key[index]))}"
-        return Place(name, int(members.size[index]), None if label < 0 else label)
+        return Place(name(index), int(members.size[index]), None if label < 0 else label)
 
     content = hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in members)).hexdigest()
-    return Archive(len(members.file), place, read, f"{len(members.file)} images {digest(files, content)}")
+    return Archive(len(members.file), name, place, read, f"{len(members.file)} images {digest(files, content)}")
 
 
 def _index(files: Sequence[epath.Path]) -> _Members:
     """Finds all images; the index is kept in the cache for as long as the files have the same sizes and times."""
     stamps = [[str(path), os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in files]
-    name = hashlib.sha256(json.dumps(["tar 1", stamps]).encode()).hexdigest()[:32]
+    name = hashlib.sha256(json.dumps(["tar 2", stamps]).encode()).hexdigest()[:32]
     cache = pathlib.Path(os.path.expanduser("~/.cache/cjepa_jax/tar"))
     kept = cache / f"{name}.npy"
     with contextlib.suppress(OSError, ValueError, EOFError), open(kept, "rb") as file:
@@ -97,6 +100,8 @@ def _read_tar(path: epath.Path, number: int) -> _Members:
         for name, offset, size in _headers(file.fileno(), path):
             key, dot, suffix = name.rpartition(b".")
             kind = (dot + suffix).lower().decode("latin1")
+            if name.rpartition(b"/")[2].startswith(b"."):  # hidden, such as what macOS adds to each file
+                continue
             if kind in SUFFIXES:
                 rows.append((number, offset, size, -1, name))
             elif kind in (".cls", ".json") and size < 2**16:

@@ -34,8 +34,14 @@ class StalledError(UserError):
 
 @contextlib.contextmanager
 def reading(name: Callable[[], str]) -> Iterator[None]:
-    """Marks its block as reading the file `name()`, so that `result` can name a file that does not come."""
+    """Marks its block as reading the file `name()`, so that `result` can name a file that does not come.
+
+    `name` must not read anything itself. A block within another counts as part of it.
+    """
     thread = threading.get_ident()
+    if thread in _reads:
+        yield
+        return
     _reads[thread] = name, time.monotonic()
     try:
         yield
@@ -61,9 +67,10 @@ def result(future: "concurrent.futures.Future[T]", *, timeout: float = 0) -> T:
     """
     while not future.done():
         concurrent.futures.wait([future], timeout=0.2)  # a signal is noticed in between
-        name, seconds = _longest()
+        find_name, seconds = _longest()
         if future.done() or seconds < HANGS:
             continue
+        name = find_name()
         if any(stop() for stop in _stop):
             raise StalledError(f"stopped while waiting for {name}, which was not read within {seconds:.0f} s")
         if timeout and seconds > timeout:
@@ -78,13 +85,13 @@ def result(future: "concurrent.futures.Future[T]", *, timeout: float = 0) -> T:
     return future.result()
 
 
-def _longest() -> tuple[str, float]:
-    """Returns what has been read for the longest time, and for how many seconds."""
+def _longest() -> tuple[Callable[[], str], float]:
+    """Returns what gives the name of what has been read for the longest time, and for how many seconds."""
     reads = list(_reads.values())
     if not reads:
-        return "", 0.0
+        return str, 0.0
     name, since = min(reads, key=lambda read: read[1])
-    return name(), time.monotonic() - since
+    return name, time.monotonic() - since
 
 
 @contextlib.contextmanager

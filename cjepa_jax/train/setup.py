@@ -260,7 +260,10 @@ def _check_labels(data: Data, train: sources.Source, test: sources.Source) -> No
     require(not other, f"{name} has classes that data.train_split lacks: {_some(other)}")
     labels = test.labels()
     unlabelled = [test.name(index) for index, label in enumerate(labels) if label is None]
-    require(not unlabelled, f"{name} holds {len(unlabelled)} images without a label: {_some(unlabelled)}")
+    require(
+        not unlabelled,
+        f"{name} holds {len(unlabelled)} images without a label, or that cannot be read: {_some(unlabelled)}",
+    )
     present = {test.classes[label] for label in set(labels) if label is not None}
     missing = [c for c in train.classes if c not in present]
     require(not missing, f"{name} has no image of {len(missing)} of the {len(train.classes)} classes: {_some(missing)}")

@@ -4,6 +4,7 @@
 """
 
 import importlib
+import itertools
 import os
 import sys
 from typing import TYPE_CHECKING, Any
@@ -15,8 +16,18 @@ if TYPE_CHECKING:
 
 __all__ = ["FrozenEncoder", "load", "train"]
 
-# `python -m cjepa_jax.NAME`, or the installed command, is about to import for seconds.
-if sys.argv[:1] == ["-m"] or os.path.basename(sys.argv[0] if sys.argv else "").startswith("cjepa-"):
+_COMMANDS = {f"cjepa-{name}" for name in ("train", "evaluate", "embed", "convert", "compile", "study", "prepare")}
+
+
+def _is_command() -> bool:
+    """Tells whether `python -m cjepa_jax.NAME` or an installed command runs, and no program of somebody else."""
+    if sys.argv[:1] == ["-m"]:  # Python is about to find the module
+        module = next((name for flag, name in itertools.pairwise(sys.orig_argv) if flag == "-m"), "")
+        return module.partition(".")[0] == "cjepa_jax"
+    return os.path.basename(sys.argv[0] if sys.argv else "").removesuffix(".exe") in _COMMANDS
+
+
+if _is_command():  # it is about to import for seconds
     signals.end_at_once()
 
 

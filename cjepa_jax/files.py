@@ -71,6 +71,11 @@ def check_writable(path: epath.Path, key: str) -> None:
         raise UserError(f"{key} {str(path)[:300]!r} cannot be written ({reason}); name another place") from None
 
 
+def printable(name: str) -> str:
+    """Returns the name of a file as text: bytes that are none become such as \\xe9."""
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
 def is_file(path: epath.Path) -> bool:
     """Tells whether a path is a file; epath counts pipes and devices, which could be read without end, among files."""
     return path.is_file() if is_remote(path) else os.path.isfile(path)

@@ -2,7 +2,6 @@
 
 import io
 import math
-import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,10 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullLocator
 
-from cjepa_jax.files import write_whole
+from cjepa_jax.files import printable, write_whole
 from cjepa_jax.models.masking import Masks
 
-matplotlib.rcParams.update({"font.size": 8, "axes.grid": True, "grid.alpha": 0.3})
+_styled = matplotlib.rc_context({"font.size": 8, "axes.grid": True, "grid.alpha": 0.3})  # of each drawing function
 
 _COMMON = {  # title of a panel -> metrics, after those of the method
     "Learning rate": ("lr",),
@@ -27,6 +26,7 @@ _COMMON = {  # title of a panel -> metrics, after those of the method
 }
 
 
+@_styled
 def curves(lines: list[dict[str, Any]], path: epath.Path, panels: Mapping[str, Sequence[str]]) -> None:
     """Draws metrics of `metrics.jsonl` against the step; `panels` are a method's, by their titles.
 
@@ -63,6 +63,7 @@ def curves(lines: list[dict[str, Any]], path: epath.Path, panels: Mapping[str, S
     save_figure(figure, path)
 
 
+@_styled
 def masks(images: np.ndarray, sampled: Masks, path: epath.Path, *, grid: tuple[int, int]) -> None:
     """Draws each image [n, H, W, C] uint8, what the context encoder sees of it, and each target block."""
     columns, (high, wide) = 2 + sampled.target_idx.shape[1], images.shape[1:3]
@@ -93,6 +94,7 @@ def masks(images: np.ndarray, sampled: Masks, path: epath.Path, *, grid: tuple[i
     save_figure(figure, path)
 
 
+@_styled
 def spectra(found: Mapping[str, np.ndarray], path: epath.Path) -> None:
     """Draws for each name standard deviations along principal axes, [k], largest first, as shares of the first."""
     figure = Figure(figsize=(5, 3.5), layout="constrained")
@@ -108,6 +110,7 @@ def spectra(found: Mapping[str, np.ndarray], path: epath.Path) -> None:
     save_figure(figure, path)
 
 
+@_styled
 def bands(panels: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]], path: epath.Path, *, label: str) -> None:
     """Draws a panel for each title, and in it means over runs as lines and standard deviations as bands.
 
@@ -131,6 +134,7 @@ def bands(panels: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]], pat
     save_figure(figure, path)
 
 
+@_styled
 def bars(panels: Mapping[str, Mapping[str, Sequence[float]]], path: epath.Path) -> None:
     """Draws a panel for each title: means as bars with their standard errors, and each value as a point."""
     names = list(dict.fromkeys(name for values in panels.values() for name in values))
@@ -148,6 +152,7 @@ def bars(panels: Mapping[str, Mapping[str, Sequence[float]]], path: epath.Path) 
     save_figure(figure, path)
 
 
+@_styled
 def side_by_side(
     columns: Mapping[str, Sequence[np.ndarray] | np.ndarray],
     path: epath.Path,
@@ -164,7 +169,7 @@ def side_by_side(
     """
     rows = list(zip(*columns.values(), strict=True))
     figure = Figure(figsize=(0.5 + 1.9 * len(columns), 0.7 + 2.0 * len(rows)), layout="constrained")
-    figure.suptitle(title, wrap=True)
+    figure.suptitle(_text(title), wrap=True)
     for i, (panels, row) in enumerate(zip(figure.subplots(len(rows), len(columns), squeeze=False), rows, strict=True)):
         coloured, values = None, [picture for picture in row if picture.ndim == 2]
         scale: dict[str, Any] = {} if under is None else {"alpha": 0.5, "cmap": "jet"}
@@ -193,6 +198,7 @@ class Panel(NamedTuple):
     agrees: bool | None = None
 
 
+@_styled
 def panels(rows: Sequence[Sequence[Panel]], path: epath.Path, *, title: str) -> None:
     """Draws rows of panels, whose images have one shape, with a gap behind the first of each row."""
     tall = rows[0][0].image.shape[0] / rows[0][0].image.shape[1]
@@ -202,14 +208,14 @@ def panels(rows: Sequence[Sequence[Panel]], path: epath.Path, *, title: str) -> 
     axes = figure.add_axes((0, 0, 1, 1))  # a single one: each further one takes a twentieth of a second
     axes.set(xlim=(0, width), ylim=(height * len(rows) + 0.3, 0))
     axes.set_axis_off()
-    axes.text(width / 2, 0.15, title, ha="center", va="center", wrap=True)
+    axes.text(width / 2, 0.15, _text(title), ha="center", va="center", wrap=True)
     for i, row in enumerate(rows):
         for j, panel in enumerate(row):
             left, bottom = 0.05 + 1.1 * j + gap * (j > 0), height * (i + 1) + 0.25
             box = (left, left + 1, bottom, bottom - tall)
             picture = panel.image
             axes.imshow(picture, cmap="gray" if picture.shape[-1] == 1 else None, vmin=0, vmax=255, extent=box)
-            lines = [textwrap.shorten(line, 20, placeholder="...") for line in panel.caption.splitlines()]
+            lines = [_text(line, 20) for line in panel.caption.splitlines()]
             axes.text(left + 0.5, bottom - tall - 0.02, "\n".join(lines), ha="center", va="bottom", fontsize=7)
             if panel.agrees is not None:
                 color = "tab:green" if panel.agrees else "tab:orange"
@@ -218,6 +224,7 @@ def panels(rows: Sequence[Sequence[Panel]], path: epath.Path, *, title: str) -> 
     save_figure(figure, path)
 
 
+@_styled
 def maps(rows: Mapping[str, Mapping[str, np.ndarray]], classes: np.ndarray, path: epath.Path, *, title: str) -> None:
     """Draws points [n, 2] in the plane: a row of panels for each name, and in it a panel for each title.
 
@@ -227,7 +234,7 @@ def maps(rows: Mapping[str, Mapping[str, np.ndarray]], classes: np.ndarray, path
     named = sorted(name for name, _ in sorted(found.items(), key=lambda item: (-item[1], item[0]))[:20])
     columns = max(map(len, rows.values()))
     figure = Figure(figsize=(3.2 * columns + 1.8 * bool(named), 0.4 + 3.3 * len(rows)), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(_text(title))
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for row, (name, panels) in zip(grid, rows.items(), strict=True):
         for axes, (of, points) in zip(row, panels.items(), strict=False):
@@ -244,9 +251,16 @@ def maps(rows: Mapping[str, Mapping[str, np.ndarray]], classes: np.ndarray, path
             axes.set_aspect("equal", "datalim")
     if named:
         handles, labels = grid.flat[0].get_legend_handles_labels()
-        short = [textwrap.shorten(label, 24, placeholder="...") for label in labels]
+        short = [_text(label, 24) for label in labels]
         figure.legend(handles, short, loc="outside right center", markerscale=2)
     save_figure(figure, path)
+
+
+def _text(text: str, longest: int | None = None) -> str:
+    """Returns a name as matplotlib can write it, which takes what stands between two dollar signs for mathematics."""
+    text = printable(text)
+    text = text if longest is None or len(text) <= longest else f"{text[: longest - 3]}..."
+    return text.replace("$", r"\$")
 
 
 def _members(idx: Any, valid: Any, grid: tuple[int, int]) -> np.ndarray:
@@ -255,6 +269,7 @@ def _members(idx: Any, valid: Any, grid: tuple[int, int]) -> np.ndarray:
     return members
 
 
+@_styled
 def save_figure(figure: Figure, path: epath.Path) -> None:
     """Writes a figure as PNG, whole or not at all."""
     buffer = io.BytesIO()

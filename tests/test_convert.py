@@ -21,7 +21,7 @@ import cjepa_jax
 from cjepa_jax import pretrained
 from cjepa_jax.config import Model
 from cjepa_jax.errors import UserError
-from cjepa_jax.interop import card, formats
+from cjepa_jax.interop import card, conversion, formats
 from cjepa_jax.interop.conversion import convert, in_our_format
 from cjepa_jax.interop.tensors import ImportOptions
 from cjepa_jax.models.masking import Masks
@@ -425,6 +425,73 @@ def test_a_flag_that_the_input_needs_is_that_of_convert(tmp_path):
     says = r"give --num-heads=N; that is a flag of python -m cjepa_jax\.convert --input=.*in\.pth\.tar --output="
     with pytest.raises(UserError, match=says):
         in_our_format(epath.Path(tmp_path / "in.pth.tar"))
+
+
+def test_a_conversion_is_used_as_long_as_its_source_is_the_same(odd, tmp_path):
+    """A file that takes the place of another one may be older than it."""
+    source, other = tmp_path / "latest.safetensors", tmp_path / "other.safetensors"
+    shutil.copy(odd / NAMES["timm"], source)
+    shutil.copy(odd / NAMES["timm"], other)
+    os.utime(other, (1, 1))
+    ours = in_our_format(epath.Path(source))
+    assert in_our_format(epath.Path(source)) == ours
+    (ours / "config.json").write_text((ours / "config.json").read_text())  # as who changes a setting there does
+    other.replace(source)
+    with pytest.raises(UserError, match=r"latest\.safetensors has changed since .*\.orbax was made from it"):
+        in_our_format(epath.Path(source))
+
+
+def test_a_folder_that_cannot_be_written_is_named_with_the_remedy(odd, tmp_path, monkeypatch):
+    def refuse(path, key):
+        raise UserError(f"{key} '{path}' cannot be written (Read-only file system); name another place")
+
+    monkeypatch.setattr(conversion, "check_writable", refuse)
+    shutil.copy(odd / NAMES["timm"], tmp_path / "m.safetensors")
+    says = r"^--checkpoint .*m\.safetensors is converted beside itself, and .* cannot be written .*; convert it"
+    with pytest.raises(UserError, match=says):
+        in_our_format(epath.Path(tmp_path / "m.safetensors"))
+
+
+def test_flags_correct_what_a_checkpoint_of_ours_says(odd, tmp_path):
+    to(odd / "ours", tmp_path / "a.safetensors", "timm", mean=(0.1, 0.2, 0.3), std=(0.9, 0.8, 0.7))
+    to(tmp_path / "a.safetensors", tmp_path / "a", "orbax")
+    found = pretrained.load(epath.Path(tmp_path / "a"), ("target_encoder",))
+    assert (found.mean, found.std) == ((0.1, 0.2, 0.3), (0.9, 0.8, 0.7))
+    with pytest.raises(UserError, match=r"--num-heads = 4, but --input .* says 3: leave the flag out"):
+        to(odd / "ours", tmp_path / "b.safetensors", "timm", num_heads=4)
+    with pytest.raises(UserError, match="--mean and --std need 3 numbers each"):
+        to(odd / "ours", tmp_path / "b.safetensors", "timm", mean=(0.1,))
+
+
+def test_a_run_of_a_programs_own_method_converts(sharded, tmp_path):
+    shutil.copytree(sharded[0], tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config | {"method": "mine"}))
+    to(tmp_path / "run", tmp_path / "folder", "transformers")
+    assert "Trained with the method mine of a program" in (tmp_path / "folder" / "README.md").read_text()
+
+
+def test_an_output_that_is_a_link_stays_one(odd, tmp_path):
+    to(odd / "ours", tmp_path / "there", "transformers")
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    for _ in range(2):
+        to(odd / "ours", tmp_path / "link", "transformers", force=True)
+    assert (tmp_path / "link").is_symlink() and sorted(path.name for path in tmp_path.iterdir()) == ["link", "there"]
+
+
+def test_an_output_is_there_again_where_its_successor_cannot_take_its_place(odd, tmp_path, monkeypatch):
+    to(odd / "ours", tmp_path / "out", "transformers")
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "replace", fail)
+        with pytest.raises(KeyboardInterrupt):
+            to(odd / "ours", tmp_path / "out", "transformers", force=True)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_names_on_disk_are_those_of_the_published_checkpoints(odd):

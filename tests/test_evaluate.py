@@ -181,6 +181,21 @@ def run(monkeypatch, *arguments: str) -> None:
         flags.FLAGS["baselines"].value = True
 
 
+def test_what_reads_the_checkpoint_again_comes_first(workdir, monkeypatch, capsys):
+    """A run that goes on deletes it in time."""
+    run(monkeypatch, f"--checkpoint={workdir}", "--method=knn,attention", "--name=order", *FAST)
+    said = capsys.readouterr().out
+    assert 0 < said.index("order.attention.json") < said.index("order.knn.json")
+
+
+def test_who_looks_at_no_images_of_data_need_not_say_which_they_are():
+    released = {"data.image_size": 32, "data.mean": [0.5] * 3, "data.std": [0.5] * 3}
+    with pytest.raises(UserError, match=r"data\.source: the checkpoint does not say it"):
+        resolve(Evaluation(), released)
+    assert resolve(Evaluation(), released, reads_data=False)[0].image_size == 32
+    assert [name for name, one in Evaluation().evaluators.items() if not one.reads_data] == ["davis", "segmentation"]
+
+
 FAST = [f"--config.{key.replace('__', '.')}={value}" for key, value in QUICK.items()]
 
 

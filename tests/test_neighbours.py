@@ -4,7 +4,9 @@ import dataclasses
 import re
 
 import jax
+import matplotlib
 import numpy as np
+import pyarrow.parquet
 import pytest
 import sklearn.datasets
 from etils import epath
@@ -16,7 +18,7 @@ from cjepa_jax import plots, pretrained
 from cjepa_jax.config import Mesh, Model
 from cjepa_jax.data import decode, sources
 from cjepa_jax.errors import UserError
-from cjepa_jax.evaluate import feature_map
+from cjepa_jax.evaluate import embedding, feature_map, report
 from cjepa_jax.evaluate.base import ERROR
 from cjepa_jax.evaluate.features import Extractor
 from cjepa_jax.evaluate.neighbours import without
@@ -220,3 +222,28 @@ def test_what_does_not_fit_is_named(load, method, options, says):
     with pytest.raises(UserError, match=says):
         chosen, frozen, _ = load("bare", **options)
         chosen.evaluators[method].check(frozen)
+
+
+def test_names_that_matplotlib_cannot_write_as_they_are_are_drawn(tmp_path):
+    """Of two classes that begin alike, the ends do not matter, but a long word is not left out."""
+    names = ["caf\udce9", "a$_$b", "american_staffordshire_terrier", "\udcff"]
+    assert [plots._text(name, 20) for name in names] == [r"caf\xe9", r"a\$_\$b", "american_stafford...", r"\xff"]
+    image, path = np.zeros((8, 8, 3), np.uint8), epath.Path(tmp_path / "x.png")
+    plots.panels([[plots.Panel(image, "\n".join(names))]], path, title=names[0] + names[1])
+    plots.maps({"PCA": {"a": np.eye(4)[:, :2]}}, np.array(names), path, title=names[1])
+    arrays = {"features": np.zeros((2, 3), np.float32), "names": np.array(names[:2])}
+    embedding.write(
+        epath.Path(tmp_path / "x.parquet"), arrays | {"labels": np.array([0, -1]), "classes": np.array(names[:1])}
+    )
+    assert pyarrow.parquet.read_table(tmp_path / "x.parquet").column("class").to_pylist() == [r"caf\xe9", None]
+
+
+def test_pictures_leave_matplotlibs_settings_alone(tmp_path):
+    before = dict(matplotlib.rcParams)
+    plots.spectra({"trained": np.ones(3)}, epath.Path(tmp_path / "x.png"))
+    assert dict(matplotlib.rcParams) == before and not before["axes.grid"]
+
+
+def test_counts_are_written_in_full():
+    assert report._cell({"images": 12_345}, "images", percent=False) == "12345"
+    assert report._cell({"std": 0.123456}, "std", percent=False) == "0.1235"

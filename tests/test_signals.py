@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM at every stage of a command, sent to real processes."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -54,10 +55,23 @@ COMMANDS = ["main", "finetune", "evaluate", "convert", "compile", "study"]
 COMMANDS += ["data.prepare", "bench.input", "bench.linear"]
 
 
+@pytest.mark.parametrize("command", [["-m", "mine"], ["cjepa-mine.py"]])
+def test_programs_of_others_keep_their_handlers(tmp_path, command):
+    """Only this package's own commands end at once."""
+    code = "import signal, cjepa_jax\nprint(signal.getsignal(signal.SIGINT) is signal.default_int_handler)\n"
+    (tmp_path / "mine").mkdir()
+    for file in ("mine/__init__.py", "mine/__main__.py", "cjepa-mine.py"):
+        (tmp_path / file).write_text(code)
+    places = {**os.environ, "PYTHONPATH": f"{ROOT}"}
+    done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=places, capture_output=True, text=True)
+    assert set(done.stdout.split()) == {"True"}, done.stderr
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_imports_end_at_once_and_without_a_word(name):
     """A process that has imported nothing yet, unlike those that are forked."""
-    pause = f"{HEARD}sys.argv[0] = '-m'\nimport runpy, time, cjepa_jax\nclass Pause:\n def find_spec(name, *_):\n"
+    pause = f"{HEARD}sys.argv[0] = '-m'\nsys.orig_argv[1:] = ['-m', 'cjepa_jax.{name}']\n"
+    pause += "import runpy, time, cjepa_jax\nclass Pause:\n def find_spec(name, *_):\n"
     pause += "  if name == 'absl': print('now', flush=True); time.sleep(60)\n"
     pause += f"sys.meta_path.insert(0, Pause)\nrunpy.run_module('cjepa_jax.{name}', run_name='__main__')"
     where = dict(cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

@@ -52,6 +52,7 @@ class Attention(Evaluator):
     name: ClassVar[str] = "attention"
     needs_labels: ClassVar[bool] = False
     in_training: ClassVar[bool] = False
+    reads_checkpoint: ClassVar[bool] = True
     numbers: ClassVar[tuple[str, ...]] = ("entropy of attention / log N",)
     pictures: ClassVar[tuple[str, ...]] = ("attention.png", "attention_overlaid.png", "components.png")
 

@@ -20,6 +20,8 @@ class Evaluator:
     name: ClassVar[str]
     needs_labels: ClassVar[bool] = True
     in_training: ClassVar[bool] = True  # False: it looks at checkpoints only
+    reads_checkpoint: ClassVar[bool] = False  # True: `run` reads more of the checkpoint than the encoder
+    reads_data: ClassVar[bool] = True  # False: it has images of its own, and none of `data`
     numbers: ClassVar[tuple[str, ...]] = ()  # measures with a unit of their own; all others are fractions in [0, 1]
     pictures: ClassVar[tuple[str, ...]] = ()  # what follows the stem in the names of the pictures that `run` draws
 

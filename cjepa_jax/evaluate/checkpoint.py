@@ -35,7 +35,7 @@ def judge(
     known = settings.evaluators
     workdir, saved = pretrained.describe(path)
     encoder = pretrained.choose_encoder(path, encoder)
-    data, crop_fraction = resolve(settings, saved)
+    data, crop_fraction = resolve(settings, saved, reads_data=any(known[one].reads_data for one in wanted))
     frozen = from_checkpoint(
         path,
         encoder,
@@ -65,7 +65,8 @@ def judge(
         report.check(files[one], descriptions[one], {"settings": Evaluation, "model": Model, "data": Data})
         known[one].check(frozen)
     print(report.header(frozen), flush=True)
-    for one in wanted:
+    # A run that goes on deletes the checkpoint in time: those that read it again come first.
+    for one in sorted(wanted, key=lambda one: not known[one].reads_checkpoint):
         start = time.perf_counter()
         with exact(frozen.model.dtype):  # as during training
             rows = known[one].run(frozen, stem)

@@ -89,13 +89,17 @@ class Evaluation:
         return {name: value for name, value in vars(self).items() if isinstance(value, Evaluator)}
 
 
-def resolve(evaluation: Evaluation, saved: Mapping[str, Any]) -> tuple[config.Data, float]:
+def resolve(evaluation: Evaluation, saved: Mapping[str, Any], *, reads_data: bool = True) -> tuple[config.Data, float]:
     """Completes the images' settings by those of the checkpoint's flat config.json, `saved`; gives crop_fraction too.
+
+    reads_data: whether any of these images will be looked at; else it need not be known which they are.
 
     Raises UserError for a setting that neither of them has.
     """
     data = evaluation.data
     fallback = {"name": "", "data_dir": "", "crop_fraction": 0.875, "decoder": "fast", "image_width": 0}
+    if not reads_data:
+        fallback |= {"source": "own", "train_split": "", "test_split": ""}
     if data.source not in (None, saved.get("data.source")):  # what belongs to another kind says nothing about this one
         saved = {**saved, "data.name": "", "data.data_dir": ""}
 

@@ -45,6 +45,7 @@ class Davis(Evaluator):
     name: ClassVar[str] = "davis"
     needs_labels: ClassVar[bool] = False
     in_training: ClassVar[bool] = False
+    reads_data: ClassVar[bool] = False
     pictures: ClassVar[tuple[str, ...]] = ("davis.png",)
 
     def check(self, frozen: Frozen) -> None:

@@ -97,6 +97,7 @@ class Decoder(Evaluator):
     name: ClassVar[str] = "decoder"
     needs_labels: ClassVar[bool] = False
     in_training: ClassVar[bool] = False
+    reads_checkpoint: ClassVar[bool] = True
     numbers: ClassVar[tuple[str, ...]] = ("R2", "PSNR in dB", "strength")
     pictures: ClassVar[tuple[str, ...]] = ("decoder.png",)
 

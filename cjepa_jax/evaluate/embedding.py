@@ -5,7 +5,6 @@ Shapes: n images, N patches, D width.
 
 import io
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +18,7 @@ from cjepa_jax.config import Mesh
 from cjepa_jax.data import pipeline
 from cjepa_jax.errors import require
 from cjepa_jax.evaluate.features import Extractor, mean_features, patch_features
-from cjepa_jax.files import read_json, write_whole
+from cjepa_jax.files import printable, read_json, write_whole
 from cjepa_jax.pretrained import Pretrained
 from cjepa_jax.train import sharding
 
@@ -94,11 +93,9 @@ def write(file: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
         import pyarrow.parquet
 
         flat = arrays["features"].reshape(len(arrays["names"]), -1)
-        # A file's name can hold bytes that are not text, which Parquet does not take: they become such as \xe9.
-        text = [os.fsencode(name).decode(errors="backslashreplace") for name in arrays["names"]]
-        columns: dict[str, Any] = {"name": text, "features": list(flat)}
+        columns: dict[str, Any] = {"name": [*map(printable, arrays["names"])], "features": list(flat)}
         if "labels" in arrays:
-            names = [*arrays["classes"], None]  # the last is that of -1
+            names = [*map(printable, arrays["classes"]), None]  # the last is that of -1
             columns |= {"label": arrays["labels"], "class": [names[label] for label in arrays["labels"]]}
         pyarrow.parquet.write_table(pyarrow.table(columns), buffer)
     write_whole(file, buffer.getvalue())

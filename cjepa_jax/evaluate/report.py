@@ -143,5 +143,9 @@ def _cell(row: Mapping[str, Any], key: str, *, percent: bool) -> str:
     value, error = row[key], row.get(ERROR, {}).get(key)
     if isinstance(value, dict):
         value, error = value["mean"], value.get(ERROR)
-    cells = [f"{100 * x:.2f}" if percent else f"{x:.4g}" for x in (value, error) if x is not None]
+    cells = [
+        f"{100 * x:.2f}" if percent else str(x) if isinstance(x, int) else f"{x:.4g}"
+        for x in (value, error)
+        if x is not None
+    ]
     return " +- ".join(cells)

@@ -64,6 +64,7 @@ class Segmentation(Evaluator):
     name: ClassVar[str] = "segmentation"
     needs_labels: ClassVar[bool] = False
     in_training: ClassVar[bool] = False
+    reads_data: ClassVar[bool] = False
     pictures: ClassVar[tuple[str, ...]] = ("segmentation.png",)
 
     @property

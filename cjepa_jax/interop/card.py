@@ -58,7 +58,8 @@ def read_run(workdir: epath.Path, *, step: int, encoder: str) -> TrainedRun:
             last = (last if line["step"] == last.get("step") else {}) | line
     config = read_json(workdir / "config.json")
     # evaluation.json is written at the end of a run, about the target encoder where the method has one.
-    has_target = "target_encoder" in find_method(config).averaged
+    method = _method(config)
+    has_target = "target_encoder" in method.averaged if method else encoder == "target_encoder"
     at_the_end = (encoder == "target_encoder") == has_target and (not lines or lines[-1]["step"] <= step)
     measured = []
     for path in (workdir / "evaluation.json", *sorted((workdir / "evaluation").glob("*.json"))):
@@ -110,7 +111,9 @@ def _number(row: Mapping[str, Any], key: str) -> str:
     number, error = drawn.get("mean"), drawn.get(ERROR)
     if not isinstance(number, int | float):
         return ""
-    return f"{number:.4g}" + (f" ± {error:.2g}" if error is not None else "")
+    return (str(number) if isinstance(number, int) else f"{number:.4g}") + (
+        f" ± {error:.2g}" if error is not None else ""
+    )
 
 
 def _plain(measure: str) -> str:
@@ -118,9 +121,19 @@ def _plain(measure: str) -> str:
     return measure.replace("%", "percent")
 
 
+def _method(config: Mapping[str, Any]) -> Any:
+    """Finds the method of a run; None for one that a program has added."""
+    try:
+        return find_method(config)
+    except UserError:
+        return None
+
+
 def _training(config: Mapping[str, Any]) -> str:
     """Says how a run with these settings was trained."""
-    method = find_method(config)
+    method = _method(config)
+    if method is None:
+        return f"Trained with the method {config.get('method')} of a program"
     if method.needs_labels:
         return f"{'Trained from scratch' if config.get('model.encoder') == 'random' else 'Fine-tuned'} with labels"
     name = method.__name__

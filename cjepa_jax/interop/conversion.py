@@ -2,6 +2,7 @@
 
 import contextlib
 import glob
+import json
 import os
 import pathlib
 import shutil
@@ -12,11 +13,12 @@ from etils import epath
 
 from cjepa_jax import pretrained
 from cjepa_jax.errors import UserError, require, saying
-from cjepa_jax.files import check_bucket_support, check_writable, storing
+from cjepa_jax.files import check_bucket_support, check_writable, read_json, storing, write_whole
 from cjepa_jax.interop import card, formats, tensors, timm, transformers
 
 # Everything that a folder written here may hold; --force deletes no folder that holds anything else.
-_OURS = {"config.json", "checkpoints", "model.safetensors", "preprocessor_config.json", "README.md"}
+_CONVERTED = "converted.json"  # says of a folder PATH.orbax which file it was made from
+_OURS = {_CONVERTED, "config.json", "checkpoints", "model.safetensors", "preprocessor_config.json", "README.md"}
 
 
 def convert(
@@ -66,11 +68,16 @@ def in_our_format(path: epath.Path) -> epath.Path:
     if not path.exists() or (path.is_dir() and not transformers.is_folder(path)):
         return path
     ours = path.with_name(f"{path.name}.orbax")
+    files = [path, *(sorted(path.iterdir()) if path.is_dir() else ())]
+    source = [[file.name, file.stat().length, file.stat().mtime] for file in files]
+    note = ours / _CONVERTED
     if ours.exists():
-        files = [path, *(path.iterdir() if path.is_dir() else ())]
-        changed = max(file.stat().mtime for file in files)
+        if note.exists():
+            same = read_json(note).get("from") == source
+        else:  # made before there was this note
+            same = max(mtime for *_, mtime in source) <= (ours / "config.json").stat().mtime
         require(
-            changed <= (ours / "config.json").stat().mtime,
+            same,
             f"{path} has changed since {ours} was made from it; remove {ours}, or name it by --checkpoint",
         )
         print(f"reads {ours}, which was converted from {path} before", file=sys.stderr, flush=True)
@@ -81,10 +88,17 @@ def in_our_format(path: epath.Path) -> epath.Path:
                     str(path), str(ours), "orbax", encoder=None, force=False, options=tensors.ImportOptions()
                 )
         except UserError as error:
+            if str(error).startswith("--output"):
+                reason = str(error).removeprefix("--output ").removesuffix("; name another place")
+                raise UserError(
+                    f"--checkpoint {path} is converted beside itself, and {reason}; convert it elsewhere by python -m "
+                    f"cjepa_jax.convert --input={path} --output=DIR --format=orbax, and give --checkpoint=DIR"
+                ) from None
             if "give --" not in str(error):
                 raise
             command = f"python -m cjepa_jax.convert --input={path} --output={ours} --format=orbax"
             raise UserError(f"{error}; that is a flag of {command}") from None
+        write_whole(note, json.dumps({"from": source}) + "\n")
         print(said, file=sys.stderr, flush=True)
     return ours
 
@@ -131,6 +145,7 @@ def _check_output(source: epath.Path, output: pathlib.Path, kind: str, force: bo
 @contextlib.contextmanager
 def _atomically(output: pathlib.Path) -> Iterator[pathlib.Path]:
     """Gives a path to write to; at the end what was written replaces `output`, or after an error nothing changes."""
+    output = pathlib.Path(os.path.realpath(output))  # a link stays one
     new, old = (output.with_name(f".{output.name}.{os.getpid()}.{word}") for word in ("new", "old"))
     for remains in _remains(output, "new"):
         _remove(remains)
@@ -143,6 +158,8 @@ def _atomically(output: pathlib.Path) -> Iterator[pathlib.Path]:
         for remains in _remains(output, "old"):  # only now, because one may hold what there was
             _remove(remains)
     finally:
+        if old.exists() and not output.exists():
+            old.rename(output)
         for path in (new, old):
             _remove(path)
 

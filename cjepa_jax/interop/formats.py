@@ -1,6 +1,6 @@
 """Lists the formats by name, writes each of them, and recognises which one a path is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from etils import epath
 
@@ -8,7 +8,9 @@ from cjepa_jax import pretrained
 from cjepa_jax.errors import UserError, require
 from cjepa_jax.files import check_bucket_support, is_file
 from cjepa_jax.interop import ijepa, timm, transformers
-from cjepa_jax.interop.tensors import ImportOptions, OpenedCheckpoint
+from cjepa_jax.interop.tensors import ImportOptions, OpenedCheckpoint, merge_options
+from cjepa_jax.models.vit import parse_size
+from cjepa_jax.pretrained import Pretrained
 
 WRITERS: dict[str, Callable[..., None]] = {  # (path, networks, run) -> None; the path must not exist yet
     "orbax": lambda path, networks, run: pretrained.save(
@@ -20,6 +22,21 @@ WRITERS: dict[str, Callable[..., None]] = {  # (path, networks, run) -> None; th
 }
 
 
+def _open_ours(path: epath.Path, options: ImportOptions) -> OpenedCheckpoint:
+    """Opens a checkpoint of this package; flags may give other means and standard deviations than it says."""
+
+    def load(names: Sequence[str]) -> Pretrained:
+        found = pretrained.load(path, names)
+        said = {"num_heads": parse_size(found.model.size).heads, "mean": found.mean, "std": found.std}
+        merged = merge_options(path, options, said)
+        mean, std = merged.mean or found.mean, merged.std or found.std
+        channels = len(found.mean)
+        require(len(mean) == len(std) == channels, f"--mean and --std need {channels} numbers each, one for a channel")
+        return found._replace(mean=mean, std=std)
+
+    return OpenedCheckpoint("orbax", pretrained.available(path), load)
+
+
 def open_source(path: epath.Path, options: ImportOptions) -> OpenedCheckpoint:
     """Opens a checkpoint of any format.
 
@@ -29,7 +46,7 @@ def open_source(path: epath.Path, options: ImportOptions) -> OpenedCheckpoint:
     require(path.exists(), f"--input {path} does not exist")
     if path.is_dir():
         if (path / "state").is_dir() or (path / "checkpoints").is_dir():
-            return OpenedCheckpoint("orbax", pretrained.available(path), lambda names: pretrained.load(path, names))
+            return _open_ours(path, options)
         if transformers.is_folder(path):
             return transformers.open_folder(path, options)
         raise UserError(

@@ -1,5 +1,6 @@
 """What the commands share: settings from a file and the command line, exit codes, and one line for a mistake."""
 
+import contextlib
 import errno
 import importlib.util
 import os
@@ -160,18 +161,31 @@ def workdir_of(given: str | None, name: str) -> str:
 
 
 class _Stderr:
-    """The standard error stream, without what threads that are not Python's print there.
+    """The standard error stream, without what threads that are not Python's print there, and without its own errors.
 
-    Where a disk is full, TensorStore's threads print a traceback for every array that fails after the first.
+    Where a disk is full, TensorStore's threads print a traceback for every array that fails after the first. A reader
+    may be gone, such as the `tee` of a pipe after Ctrl-C, or a terminal; the run is to save all the same.
     """
 
     def __init__(self, stream: TextIO):
         self._stream = stream
 
     def write(self, text: str) -> int:
-        if type(threading.current_thread()).__name__ == "_DummyThread":
-            return len(text)
-        return self._stream.write(text)
+        if type(threading.current_thread()).__name__ != "_DummyThread":
+            self._safely(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._safely(self._stream.flush)
+
+    def _safely(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            with contextlib.suppress(OSError):  # so that Python's own flush at the end does not fail, either
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

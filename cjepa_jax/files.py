@@ -6,9 +6,11 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import shutil
 import sys
 import tempfile
+import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -106,7 +108,8 @@ def write_whole(path: epath.Path, content: str | bytes) -> None:
     if is_remote(path):  # where a file appears whole
         path.write_bytes(raw)
         return
-    temporary = f"{path}.{os.getpid()}{TEMPORARY}"  # another process may write the same file
+    # Another process may write the same file, and have the same number in another container.
+    temporary = f"{path}.{os.getpid()}.{uuid.uuid4().hex[:8]}{TEMPORARY}"
     try:
         with storing(path, len(raw)), open(temporary, "wb") as file:
             file.write(raw)
@@ -116,6 +119,14 @@ def write_whole(path: epath.Path, content: str | bytes) -> None:
         pathlib.Path(temporary).unlink(missing_ok=True)  # what room there is others may need
         raise
     os.replace(temporary, path)
+
+
+def remove_remains(folder: epath.Path) -> None:
+    """Removes what commands that were killed had half written by `write_whole` in a folder."""
+    for path in folder.glob(f"*{TEMPORARY}"):
+        # Former names had no number.
+        if re.search(rf"\.(jsonl?|txt|\d+(\.[0-9a-f]{{8}})?){re.escape(TEMPORARY)}$", path.name) and is_file(path):
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -43,7 +43,8 @@ def cleaned_up(says: str = "") -> Iterator[None]:
         end_at_once()
         raise KeyboardInterrupt(signum)
 
-    previous = {signum: signal.signal(signum, interrupt) for signum in BOTH}
+    heard = [signum for signum in BOTH if signal.getsignal(signum) != signal.SIG_IGN]
+    previous = {signum: signal.signal(signum, interrupt) for signum in heard}
     try:
         yield
     except KeyboardInterrupt as error:
@@ -56,7 +57,10 @@ def cleaned_up(says: str = "") -> Iterator[None]:
 
 
 class Stop:
-    """Once it listens, the first signal is a request to save and leave; a second one does what signals did before."""
+    """Once it listens, the first signal is a request to save and leave; a second one does what signals did before.
+
+    A signal that is ignored stays ignored.
+    """
 
     requested = False
     newest: "Stop | None" = None  # the last one entered; a study looks there whether its run was told to stop
@@ -71,7 +75,8 @@ class Stop:
     def listen(self) -> None:
         """Says that from now on there is something to save. Python knows signals in its main thread only."""
         if not self._previous and threading.current_thread() is threading.main_thread():
-            self._previous = {signum: signal.signal(signum, self._request) for signum in BOTH}
+            heard = [signum for signum in BOTH if signal.getsignal(signum) != signal.SIG_IGN]
+            self._previous = {signum: signal.signal(signum, self._request) for signum in heard}
 
     def _request(self, signum, frame):
         self.requested = True

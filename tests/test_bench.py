@@ -100,6 +100,7 @@ def test_linear_measures_both_ways():
         (bench, ["--images=/none", "--rounds=0"], "--rounds"),
         (bench_linear, ["--batch-size=x"], "--batch-size"),
         (bench_linear, ["--size=3"], "'size'"),
+        (bench_linear, ["--images=100"], "--images=100 is less than a batch, --batch-size="),
         (bench_damage, ["--count=0"], "--count"),
         (bench_attention, ["--shape=56x12"], "--shape=56x12 is not like 56x12x64"),
         (bench_attention, ["--chip=v9"], "--chip"),

@@ -20,6 +20,7 @@ from cjepa_jax.tpu.compile import does_not_fit
 from cjepa_jax.train import sharding
 from cjepa_jax.train.step import build
 from configs import vitb16, vith14, vitti16
+from tests.siamese import small_method
 
 
 def run(*arguments: str, before: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
@@ -109,6 +110,11 @@ def test_ti_fits_four_v5e_chips(tmp_path):
         (["--topology=v5e:2x2", "--config.model.size=XXL"], "model.size = 'XXL'"),
         (["--topology=v5e:2x2", "--images=1", "--config.optim.epochs=20."], "less than one batch"),
         (["--topology=v5e:2x2", "more"], "unexpected argument 'more'"),
+        (
+            ["--topology=v5e:2x2", "--config=configs/finetune_folder.py"],
+            "model.size and model.patch_size and data.image_size would follow from a checkpoint, which is not read "
+            "here: give such as --config.model.size=B --config.model.patch_size=16 --config.data.image_size=224",
+        ),
     ],
 )
 def test_bad_input_is_one_line(arguments, words):
@@ -228,3 +234,15 @@ def test_the_update_has_the_name_by_which_its_cost_is_found(make_config):
 
 def test_the_report_says_that_it_is_a_prediction():
     assert "Predicted, not measured" in cost.METHOD and "not costed" in cost.METHOD
+
+
+def test_what_is_frozen_has_no_backward_pass(make_config):
+    def trained(*frozen):
+        stacks = CJEPA(make_config(optim__frozen=frozen)).transformers()
+        return [name for name, stack in stacks.items() if stack.trained]
+
+    assert trained() == ["context", "predictor"]
+    assert trained("encoder") == ["predictor"]
+    assert trained("predictor") == ["context", "predictor"]  # the encoder's gradient passes through it
+    assert trained("encoder", "predictor") == []
+    assert not small_method("vicreg", optim__frozen=("encoder",)).transformers()["encoder"].trained

@@ -8,7 +8,7 @@ import pytest
 from etils import epath
 
 from cjepa_jax.evaluate import during
-from cjepa_jax.train import loop
+from cjepa_jax.train import checkpoint, loop
 from cjepa_jax.train.writer import TIMED
 from tests import helpers
 
@@ -61,3 +61,25 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for(make_config, tmp_path, mo
     assert lines(again) == first and (again / "evaluation.json").stat().st_mtime_ns == before
     said = capsys.readouterr()
     assert "finished at step 4" in said.err and "knn" not in said.out
+
+
+def test_the_checkpoint_is_complete_before_the_evaluation_that_is_about_it(make_config, tmp_path, monkeypatch):
+    """A study takes evaluation.json for the end of a run."""
+    order, finish, write = [], checkpoint.Checkpointer.finish, during.report.write
+
+    def finished(checkpoints):
+        finish(checkpoints)
+        order.append("saved")
+
+    def written(*arguments, **more):
+        order.append("evaluated")
+        write(*arguments, **more)
+
+    monkeypatch.setattr(checkpoint.Checkpointer, "finish", finished)
+    monkeypatch.setattr(during.report, "write", written)
+    options = {"optim__epochs": 0.05, "optim__warmup_epochs": 0.01, "checkpoint__every": 1000, "eval__every": 1000}
+    config = make_config(**options, **{"eval__evaluators": ("knn",), "eval__images": 200})
+    loop.train(config, epath.Path(tmp_path / "run"))
+    assert order.index("evaluated") > order.index(
+        "saved", order.index("saved") + 1
+    )  # the first is at the start of save

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 
-from cjepa_jax import checksums, pretrained
+from cjepa_jax import checksums, files, pretrained
 from cjepa_jax.config import Checkpoint
 from cjepa_jax.errors import StorageError, UserError
 from cjepa_jax.evaluate import during
@@ -507,3 +507,31 @@ def test_processes_fall_back_together(tmp_path, harm):
     said = finish(start(2, 2, *shared, "--config.checkpoint.fall_back=True"))
     assert "going on from checkpoint 5: 5 steps are trained again" in said[0]
     assert (workdir / "checkpoints" / "10.damaged").is_dir()
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "Permission denied"), RuntimeError("RESOURCE_EXHAUSTED: memory")]
+)
+def test_what_says_nothing_of_a_checkpoint_is_not_taken_for_damage(make_config, tmp_path, monkeypatch, error):
+    """Not even where a damaged one would be set aside."""
+    options = {"optim__epochs": 0.1, "optim__warmup_epochs": 0.0, "checkpoint__every": 2}
+    config = make_config(**options, checkpoint__fall_back=True)
+    loop.train(config, epath.Path(tmp_path / "run"))
+    before = steps(tmp_path / "run")
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(checkpoint.orbax, "reader", fail)
+    with pytest.raises((type(error), UserError), match=r"Permission denied|memory"):
+        loop.train(config, epath.Path(tmp_path / "run"))
+    assert steps(tmp_path / "run") == before
+
+
+def test_only_remains_of_our_own_are_removed(tmp_path):
+    ours = ["config.json.17.tmp", "study.json.1.0a1b2c3d.tmp", "metrics.jsonl.tmp"]
+    for name in (*ours, "notes.tmp", "a.7x.tmp"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder.1.tmp").mkdir()
+    files.remove_remains(epath.Path(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.7x.tmp", "folder.1.tmp", "notes.tmp"]

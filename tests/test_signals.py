@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from cjepa_jax import signals
+from cjepa_jax import command, signals
 from tests.commands import QUICK, Command
 from tests.test_train import ROOT, SMALL, lines
 
@@ -114,3 +114,29 @@ def test_what_a_command_makes_for_itself_is_removed(tmp_path):
     code += "    finally:\n        print('removed', file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=20)
     assert (done.returncode, done.stderr) == (-signal.SIGTERM, "removed\ngoes on\n")
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    """As of a job in the background of a script, whose Ctrl-C is meant for others."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with signals.Stop() as stop:
+            stop.listen()
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) == stop._request
+        with signals.cleaned_up():
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_screen_that_nobody_reads_any_more_does_not_end_the_run():
+    """Ctrl-C ends `tee`, too, and the run is still to save."""
+    reader, end_of_pipe = os.pipe()
+    os.close(reader)
+    with open(end_of_pipe, "w", closefd=False) as stream:
+        screen = command._Stderr(stream)
+        print("x" * 100_000, file=screen, flush=True)
+        print("the next line", file=screen, flush=True)
+    os.close(end_of_pipe)

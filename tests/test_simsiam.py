@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from cjepa_jax.methods import simsiam
 from cjepa_jax.methods.simsiam import SimSiamHeads
 from tests.siamese import WIDTH, check_loss, mlp, pairs, small_method
 
@@ -50,3 +51,16 @@ def test_outputs_that_are_all_the_same_have_no_std_and_no_nan():
     (total, metrics), gradient = jax.jit(jax.value_and_grad(method.loss, has_aux=True))(params, {"views": same})
     assert abs(float(metrics["rep/output_std"])) < 1e-3 and np.isfinite(total)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+def test_without_a_projection_mlp_the_features_are_projected_by_none():
+    method = small_method("simsiam", simsiam__projector=())
+    params = method.init(jax.random.key(0))
+    assert "fc0" not in params["projector"] and params["prediction_head"]["fc1"]["bias"].shape == (WIDTH,)
+    views = np.random.default_rng(0).normal(size=(8, 2, WIDTH)).astype(np.float32)
+    assert np.isfinite(method.loss(params, {"views": views})[0])
+
+
+def test_a_vector_of_zeros_has_no_gradient():
+    gradient = jax.grad(lambda x: simsiam._unit(x).sum())(np.zeros((1, 2, 3), np.float32))
+    np.testing.assert_array_equal(gradient, 0)

@@ -105,6 +105,12 @@ def test_seeds_share_a_program_and_become_a_row(tmp_path):
     assert list(row["values"].values()) == found["C-JEPA"].tolist()
     assert row["difference"]["mean"] == pytest.approx((found["C-JEPA"] - found["I-JEPA"]).mean())
     assert f"| C-JEPA | 2 | {100 * found['C-JEPA'].mean():.1f} ± " in (study.workdir / "table.md").read_text()
+    # A checkpoint before the last one must not be judged in its place.
+    last = study.workdir / "runs" / "C-JEPA" / "seed1"
+    (last / "evaluation" / "test.knn.json").unlink()
+    (last / "checkpoints" / "6").rmtree()
+    with pytest.raises(UserError, match=r"seed1 lacks the checkpoint of its last step, 6: delete its evaluation\.json"):
+        runs.run(study)
 
 
 @pytest.mark.slow
@@ -333,6 +339,8 @@ ARM = {"I-JEPA": {}}
         ({"arms": ARM | {"A/B": {}}}, "arm 'A/B': its name is also a folder's"),
         ({"arms": ARM | {"A": {"base": "no_such"}}}, "'no_such' does not exist"),
         ({"tune": {"optim.rate": (1.0,)}}, "arm 'I-JEPA' cannot tune 'optim.rate'; did you mean"),
+        ({"tune": {"optim.epochs": (1.0, 2.0)}}, "arm 'I-JEPA' cannot tune 'optim.epochs'"),
+        ({"tune": {"log.collapse": ("stop", "off")}}, "arm 'I-JEPA' cannot tune 'log.collapse'"),
         ({"tune": {"optim.learning_rate": ()}}, "tunes 'optim.learning_rate' over no values"),
         ({"tune": {"optim.learning_rate": (1e-3, -1.0)}}, "arm 'I-JEPA': optim.learning_rate must be in"),
         ({"arms": ARM | {"A": {"tune": {"optim.learning_rate": (1e-3,)}}}}, "arm 'A' has 1 trials and arm 'I-JEPA' 2"),

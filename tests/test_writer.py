@@ -1,11 +1,13 @@
 """What a line of metrics says about speed, memory and time, and that it fits the screen."""
 
+import errno
 import fcntl
 import os
 import pty
 import re
 import struct
 import termios
+import time
 import types
 
 import jax
@@ -14,6 +16,7 @@ from etils import epath
 from jax._src import hardware_utils
 
 from cjepa_jax import plots
+from cjepa_jax.errors import StorageError
 from cjepa_jax.methods.cjepa import CJEPA
 from cjepa_jax.tpu import chips, flops
 from cjepa_jax.train import loop, writer
@@ -134,3 +137,31 @@ def test_a_tpu_is_known_by_its_number(tmp_path):
 
 def test_jax_knows_no_other_tpus():
     assert hardware_utils._TPU_PCI_DEVICE_IDS.keys() == chips.PCI_DEVICES
+
+
+class Lost:
+    """A file that a file server does not know any more."""
+
+    def write(self, data=b""):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    close = write
+
+
+def test_a_file_that_the_server_has_lost_ends_the_run_and_does_not_hang_it(tmp_path, clock):
+    """TensorBoard's thread must live on: the run would wait for it for ever."""
+    log = writer.Writer(epath.Path(tmp_path), start=0, steps=100, batch_size=4, images=80)
+    log._events._file.close()
+    log._events._file = Lost()
+    deadline = time.monotonic() + 60
+    step = 0
+    while not log.failure and time.monotonic() < deadline:
+        step += 1
+        for name in range(30):
+            log._board.add_scalar(f"{name}", 1.0, step)
+        log._board.flush()
+    assert "could not be written: [Errno 116] Stale file handle" in str(log.failure)
+    for number in range(100):  # more than its queue holds
+        log._board.add_scalar("x", 1.0, number)
+    with pytest.raises(StorageError):
+        log.close()

@@ -21,12 +21,14 @@ import numpy as np
 from absl import flags
 
 from cjepa_jax import command
+from cjepa_jax.errors import require
 from cjepa_jax.evaluate import linear_grid
 
 
 def measure(*, images: int, width: int, classes: int, members: int, batch_size: int, rounds: int) -> str:
     """Times one epoch of each way, in turns, and returns the table of medians."""
     rng = np.random.default_rng(0)
+    require(images >= batch_size, f"--images={images} is less than a batch, --batch-size={batch_size}")
     features = rng.normal(size=(images, width)).astype(np.float32)
     labels = rng.integers(0, classes, images).astype(np.int32)
     rates, decays = np.geomspace(0.003, 1, members).astype(np.float32), np.zeros(members, np.float32)

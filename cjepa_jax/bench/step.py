@@ -31,7 +31,7 @@ from cjepa_jax.errors import require
 from cjepa_jax.methods import METHODS, find_method
 from cjepa_jax.methods.cjepa import CJEPA
 from cjepa_jax.models.vit import exact
-from cjepa_jax.train import optimizer, sharding
+from cjepa_jax.train import memory, optimizer, sharding
 from cjepa_jax.train.step import build
 
 _STEPS = 100_000  # of the run whose first steps are timed
@@ -68,7 +68,7 @@ def measure(config: Config, *, rounds: int, against_torch: bool) -> str:
 
     start = time.perf_counter()
     with exact(config.model.dtype):  # as in training
-        compiled = program.step.lower(state, batch, root).compile()
+        compiled = memory.compile_step(program, _STEPS)
     compile_seconds = time.perf_counter() - start
 
     def step() -> float:

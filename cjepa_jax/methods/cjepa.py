@@ -190,7 +190,7 @@ class CJEPA(EncoderMethod):
         encoder = (size.width, size.depth, size.heads, size.mlp_ratio)
         embedding = 2 * self.patch_values * size.width  # FLOPs per token
         return {
-            "context": Transformer(1, kept, *encoder, True, True, embedding * kept),
+            "context": Transformer(1, kept, *encoder, True, self.trains("encoder"), embedding * kept),
             "target": Transformer(1, patches, *encoder, False, False, embedding * patches),
             "predictor": Transformer(
                 mask.targets,
@@ -200,7 +200,7 @@ class CJEPA(EncoderMethod):
                 size.heads,
                 4,
                 True,
-                True,
+                self.trains("predictor") or self.trains("encoder"),  # whose gradient passes through it
                 ends,
             ),
         }

@@ -47,6 +47,10 @@ class EncoderMethod(Method):
         """Builds the network that is to be trained."""
         return build_encoder(self.config.model, grid=self.config.grid, gather=self.gather, attend=self.attend)
 
+    def trains(self, network: str) -> bool:
+        """Tells whether a network is trained, and not left as it is by `optim.frozen`."""
+        return network not in self.config.optim.frozen
+
     @property
     def patch_values(self) -> int:
         """Counts the values of a patch, P."""

@@ -112,4 +112,4 @@ class Siamese(EncoderMethod):
         """Lists the encoder, which runs once for each view."""
         size, tokens, views = parse_size(self.config.model.size), math.prod(self.config.grid), len(self.views)
         embedding = 2 * self.patch_values * size.width * tokens * views
-        return {"encoder": Transformer(views, tokens, *size, False, True, embedding)}
+        return {"encoder": Transformer(views, tokens, *size, False, self.trains("encoder"), embedding)}

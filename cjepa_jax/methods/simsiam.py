@@ -70,7 +70,12 @@ class SimSiam(Siamese):
     @cached_property
     def prediction_head(self) -> Projector:
         """Builds the prediction MLP, which maps projections to projections."""
-        return Projector((self.config.simsiam.hidden, self.config.simsiam.projector[-1]), last="bias")
+        return Projector((self.config.simsiam.hidden, self._width), last="bias")
+
+    @property
+    def _width(self) -> int:
+        """Gives the width of projections, d, which without a projection MLP are the pooled features."""
+        return (self.config.simsiam.projector or (self.encoder.size.width,))[-1]
 
     def init(self, rng: jax.Array) -> Params:
         """Draws the parameters of encoder, projection MLP and, where there is one, prediction MLP."""
@@ -78,7 +83,7 @@ class SimSiam(Siamese):
         params = super().init(rng_base)
         if not self.config.simsiam.predictor:
             return params
-        z = jnp.zeros((2, self.config.simsiam.projector[-1]))
+        z = jnp.zeros((2, self._width))
         return {**params, "prediction_head": self.prediction_head.init(rng_prediction, z)["params"]}
 
     def loss(self, params: Params, outputs: Outputs) -> tuple[Float[Array, ""], Metrics]:
@@ -102,4 +107,5 @@ class SimSiam(Siamese):
 
 def _unit(x: Float[Array, "V B d"]) -> Float[Array, "V B d"]:
     """Scales vectors to length 1; a zero vector stays, with a zero gradient."""
-    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(axis=-1, keepdims=True), 1e-16))
+    square = jnp.square(x).sum(axis=-1, keepdims=True)
+    return jnp.where(square > 1e-16, x * jax.lax.rsqrt(jnp.maximum(square, 1e-16)), 0.0)

@@ -240,5 +240,4 @@ class Supervised(EncoderMethod):
         """Lists the encoder, the only stack of blocks."""
         size, tokens = parse_size(self.config.model.size), math.prod(self.config.grid)
         other = 2 * self.patch_values * size.width * tokens + 2 * size.width * self.classes
-        trained = "encoder" not in self.config.optim.frozen
-        return {"encoder": Transformer(1, tokens, *size, False, trained, other)}
+        return {"encoder": Transformer(1, tokens, *size, False, self.trains("encoder"), other)}

@@ -220,7 +220,8 @@ def _arm(
     with _naming(f"arm {name!r}"):
         known = {key.name for key in settings.keys(cast(Any, find_method(values).settings))}
     for key, tried in tune.items():
-        fits = key in known and key != "seed" and not key.startswith(("data.", "eval."))
+        fixed = key in ("seed", "optim.epochs") or key.startswith(("data.", "eval.", "log.", "checkpoint."))
+        fits = key in known and not fixed
         require(fits, f"arm {name!r} cannot tune {key!r}; {nearest(key, known)}")
         require(
             isinstance(tried, tuple | list) and bool(tried), f"arm {name!r} tunes {key!r} over no values: {tried!r}"

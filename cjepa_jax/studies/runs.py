@@ -22,7 +22,7 @@ from cjepa_jax.models.vit import exact
 from cjepa_jax.studies import results
 from cjepa_jax.studies.design import Arm, Run, Study
 from cjepa_jax.tpu import flops
-from cjepa_jax.train import loop, memory, setup, sharding, writer
+from cjepa_jax.train import loop, memory, orbax, setup, sharding, writer
 from cjepa_jax.train.feed import Feed
 from cjepa_jax.train.nonfinite import DivergedError
 
@@ -111,6 +111,12 @@ def _judge(study: Study, arm: Arm, one: Run) -> None:
     wanted = [name for name, path in files if not path.exists()]
     if results.diverged(one) or not wanted:
         return
+    saved = orbax.saved_steps(one.folder)
+    require(
+        not saved or one.steps in saved,
+        f"{one.folder} lacks the checkpoint of its last step, {one.steps}: delete its evaluation.json, and the same "
+        "command trains what is missing",
+    )
     data = one.config.data
     evaluation = Evaluation(
         seed=one.config.seed,

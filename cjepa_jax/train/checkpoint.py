@@ -19,14 +19,14 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from cjepa_jax import checksums
 from cjepa_jax.config import Checkpoint, Config
-from cjepa_jax.errors import StorageError, UserError, one_line, require
+from cjepa_jax.errors import StorageError, UserError, one_line, out_of_memory, require
 from cjepa_jax.files import (
-    TEMPORARY,
     absolute,
     check_bucket_support,
     check_writable,
     is_remote,
     read_json,
+    remove_remains,
     storing,
     write_whole,
 )
@@ -84,8 +84,7 @@ class Checkpointer:
             async_options=ocp.AsyncOptions(barrier_sync_fn=orbax.meet_writers),
         )
         if jax.process_index() == 0:
-            for path in workdir.glob(f"*{TEMPORARY}"):
-                path.unlink(missing_ok=True)
+            remove_remains(workdir)
         with storing(self._directory):
             self._manager = ocp.CheckpointManager(absolute(self._directory), options=options)
 
@@ -135,6 +134,8 @@ class Checkpointer:
         except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
             failure, reason = error, one_line(error)[:300]
         if distributed.any_of_them(failure is not None):
+            if failure and (out_of_memory(failure) or isinstance(failure, PermissionError)):
+                raise failure  # which says nothing of the checkpoint
             raise DamagedError(f"checkpoint {path} cannot be read ({reason})") from failure
         wanted = meta.get("checksums")  # which older checkpoints do not have
         if wanted is not None and (wrong := checksums.differences(checksums.of_tree(saved), wanted)):
@@ -176,7 +177,7 @@ class Checkpointer:
         """
         if step == self._manager.latest_step():
             return
-        self._finish()
+        self.finish()
         needed = sum(x.nbytes for x in jax.tree.leaves(state))
         meta = self._meta | {"checksums": checksums.of_tree(state), "calm": calm}
         if calm:
@@ -203,12 +204,12 @@ class Checkpointer:
         """Returns the failure of the last save, where it is over and has failed; does not wait."""
         if self._saving and not self._manager.is_saving_in_progress():
             try:
-                self._finish()
+                self.finish()
             except StorageError as error:
                 self.failure = error
         return self.failure
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
         """Waits until the last save is complete. Raises StorageError."""
         if self.failure:
             raise self.failure
@@ -223,7 +224,7 @@ class Checkpointer:
 
     def close(self) -> None:
         """Waits until everything that was saved is on disk. Raises StorageError."""
-        self._finish()
+        self.finish()
         self._manager.close()
 
     def before_trouble(self) -> str:

@@ -217,6 +217,7 @@ def _train(
             networks = run.method.networks(state.params, state.averages)
             baselines = baselines and not run.method.needs_labels
             untrained = run.untrained_encoder(rng_init) if baselines else None
+            checkpoints.finish()  # no evaluation.json without the checkpoint that it is about
             with peers.leaving_at_once():
                 metrics = run.evaluation.report(networks, untrained, workdir, step=step)
             if not log.has_evaluation(step):

@@ -1,5 +1,6 @@
 """Metrics to the progress bar, `metrics.jsonl`, TensorBoard and other trackers, from process 0 only."""
 
+import contextlib
 import datetime
 import json
 import logging
@@ -13,7 +14,7 @@ import jax
 from etils import epath
 from tqdm import tqdm
 
-from cjepa_jax.errors import StorageError
+from cjepa_jax.errors import StorageError, one_line
 from cjepa_jax.files import forgiving, is_file, is_remote, storing, write_whole
 from cjepa_jax.train.trackers import Trackers
 
@@ -65,12 +66,15 @@ class _EventFile:
                     self._file.write(data)
         except StorageError as error:
             self.failure = error
+        except OSError as error:  # such as that of a file server that has lost the file
+            self.failure = StorageError(f"{self._path} could not be written: {one_line(error)}")
 
     def flush(self) -> None:
         """Does nothing: nothing is kept back."""
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 class _Upload:

@@ -523,9 +523,9 @@ def test_what_says_nothing_of_a_checkpoint_is_not_taken_for_damage(make_config, 
         raise error
 
     monkeypatch.setattr(checkpoint.orbax, "reader", fail)
-    with pytest.raises((type(error), UserError), match=r"Permission denied|memory"):
+    with pytest.raises((type(error), UserError)) as raised:
         loop.train(config, epath.Path(tmp_path / "run"))
-    assert steps(tmp_path / "run") == before
+    assert "checkpoint" not in str(raised.value) and steps(tmp_path / "run") == before
 
 
 def test_only_remains_of_our_own_are_removed(tmp_path):

@@ -46,13 +46,13 @@ def _run() -> None:
 
     name, config = command.read_config(lambda values: find_method(values).settings)
     require(bool(_TOPOLOGY.value), "--topology is missing, e.g. --topology=v5e:8x8")
-    checked = {"model.size": config.model.size, "model.patch_size": config.model.patch_size}
-    lacking = [key for key, value in checked.items() if not value]
-    lacking += ["data.image_size"] if not config.data.image_size else []
+    examples = {"model.size": "B", "model.patch_size": "16", "data.image_size": "224"}
+    values = config.model.size, config.model.patch_size, config.data.image_size
+    lacking = [key for key, value in zip(examples, values, strict=True) if not value]
     require(
         not lacking,
         f"{' and '.join(lacking)} would follow from a checkpoint, which is not read here: give such as "
-        + " ".join(f"--config.{key}={ {'model.size': 'B', 'model.patch_size': 16}.get(key, 224) }" for key in lacking),
+        + " ".join(f"--config.{key}={examples[key]}" for key in lacking),
     )
     topology = _TOPOLOGY.value
     chip, shape = chips.find_slice(topology)

@@ -30,6 +30,11 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
+def some(names: typing.Sequence[str]) -> str:
+    """Lists the first five names."""
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
 def nearest(name: str, known: typing.Iterable[str]) -> str:
     """Returns the closing phrase of an error about an unknown name: the nearest known one, or else all of them."""
     known = sorted(known)

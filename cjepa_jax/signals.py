@@ -20,9 +20,13 @@ def end_at_once() -> None:
     handler: Any = signal.SIG_DFL
     if os.getpid() == 1:  # alone in a container, where the kernel drops signals that have no handler
         handler = lambda signum, frame: os._exit(128 + signum)  # noqa: E731
-    for signum in BOTH:
-        if signal.getsignal(signum) != signal.SIG_IGN:
-            signal.signal(signum, handler)
+    _handle(handler)
+
+
+def _handle(handler: Any) -> dict[int, Any]:
+    """Sets the handler of both signals, but for one that is ignored; gives the former handlers."""
+    heard = [signum for signum in BOTH if signal.getsignal(signum) != signal.SIG_IGN]
+    return {signum: signal.signal(signum, handler) for signum in heard}
 
 
 def end(signum: int) -> None:
@@ -43,8 +47,7 @@ def cleaned_up(says: str = "") -> Iterator[None]:
         end_at_once()
         raise KeyboardInterrupt(signum)
 
-    heard = [signum for signum in BOTH if signal.getsignal(signum) != signal.SIG_IGN]
-    previous = {signum: signal.signal(signum, interrupt) for signum in heard}
+    previous = _handle(interrupt)
     try:
         yield
     except KeyboardInterrupt as error:
@@ -75,8 +78,7 @@ class Stop:
     def listen(self) -> None:
         """Says that from now on there is something to save. Python knows signals in its main thread only."""
         if not self._previous and threading.current_thread() is threading.main_thread():
-            heard = [signum for signum in BOTH if signal.getsignal(signum) != signal.SIG_IGN]
-            self._previous = {signum: signal.signal(signum, self._request) for signum in heard}
+            self._previous = _handle(self._request)
 
     def _request(self, signum, frame):
         self.requested = True

@@ -53,9 +53,10 @@ def find_files(root: str, suffix: str) -> dict[str, list[epath.Path]]:
     return found
 
 
-def relative(path: epath.Path, root: str) -> str:
-    """Gives the path of one of `find_files`' files relative to the folder, by which it is named."""
-    return str(path.relative_to(epath.Path(os.path.expanduser(root))))
+def relative_names(files: Sequence[epath.Path], root: str) -> list[str]:
+    """Gives the paths of `find_files`' files relative to the folder, by which they are named."""
+    folder = epath.Path(os.path.expanduser(root))
+    return [str(path.relative_to(folder)) for path in files]
 
 
 def digest(files: Sequence[epath.Path], content: str) -> str:

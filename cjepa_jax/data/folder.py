@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 
-from cjepa_jax.errors import UserError, require
+from cjepa_jax.errors import UserError, require, some
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 SPLITS = ("train", "val", "valid", "validation", "test")
@@ -107,10 +107,9 @@ def _say_what_lies_beside(root: str, splits: dict[str, str]) -> None:
         and (next(_walk(root, entry.name), None) if entry.is_dir() else entry.name.lower().endswith(SUFFIXES))
     )
     if beside:
-        more = ", ..." if len(beside) > 5 else ""
         _say(
             f"{root}: the images in {', '.join(splits.values())} are taken as splits, and those beside them are not "
-            f"read: {', '.join(beside[:5])}{more}"
+            f"read: {some(beside)}"
         )
 
 

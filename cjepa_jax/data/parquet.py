@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 from etils import epath
 
-from cjepa_jax.data.archives import Archive, Archives, Place, digest, find_files, relative
+from cjepa_jax.data.archives import Archive, Archives, Place, digest, find_files, relative_names
 from cjepa_jax.errors import UserError, one_line, require
 from cjepa_jax.files import is_remote
 
@@ -98,10 +98,12 @@ def _parquet_split(files: Sequence[epath.Path], split: str, root: str) -> tuple[
 
     labels = _Labels(files, metadata, label)
 
+    names = relative_names(files, root)
+
     def name(index: int) -> str:
         which, row = find(index)
         number, group, _ = groups[which]
-        return f"{relative(files[number], root)}[group {group}, row {row}]"
+        return f"{names[number]}[group {group}, row {row}]"
 
     def place(index: int) -> Place:
         return Place(name(index), 0, labels[index] if label else None)

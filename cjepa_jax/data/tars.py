@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from cjepa_jax.data.archives import Archive, Archives, Place, digest, find_files, relative
+from cjepa_jax.data.archives import Archive, Archives, Place, digest, find_files, relative_names
 from cjepa_jax.data.folder import SUFFIXES
 from cjepa_jax.errors import UserError, one_line, require
 
@@ -58,9 +58,10 @@ def _tar_split(files: Sequence[epath.Path], members: _Members, root: str) -> Arc
             raise OSError(f"{file.name} ends in the midst of this image")
         return raw
 
+    names = relative_names(files, root)
+
     def name(index: int) -> str:
-        file = relative(files[int(members.file[index])], root)
-        return f"{file}/{os.fsdecode(bytes(members.key[index]))}"
+        return f"{names[int(members.file[index])]}/{os.fsdecode(bytes(members.key[index]))}"
 
     def place(index: int) -> Place:
         label = int(members.label[index])

@@ -75,3 +75,8 @@ def over_draws(found: Sequence[float]) -> dict[str, Any]:
 def binomial_error(share: float, images: int) -> float:
     """Returns the standard error of an accuracy, a share in [0, 1], that was measured on so many images."""
     return float((share * (1 - share) / images) ** 0.5)
+
+
+def written(number: float) -> str:
+    """Writes a number to four digits, and a count in full."""
+    return str(number) if isinstance(number, int) else f"{number:.4g}"

@@ -14,7 +14,7 @@ from etils import epath
 
 from cjepa_jax.data.sources import Source
 from cjepa_jax.errors import UserError, require
-from cjepa_jax.evaluate.base import ERROR, Evaluator, Rows
+from cjepa_jax.evaluate.base import ERROR, Evaluator, Rows, written
 from cjepa_jax.evaluate.frozen import Frozen
 from cjepa_jax.files import read_json, write_whole
 from cjepa_jax.settings import flatten, parse_flat
@@ -143,9 +143,5 @@ def _cell(row: Mapping[str, Any], key: str, *, percent: bool) -> str:
     value, error = row[key], row.get(ERROR, {}).get(key)
     if isinstance(value, dict):
         value, error = value["mean"], value.get(ERROR)
-    cells = [
-        f"{100 * x:.2f}" if percent else str(x) if isinstance(x, int) else f"{x:.4g}"
-        for x in (value, error)
-        if x is not None
-    ]
+    cells = [f"{100 * x:.2f}" if percent else written(x) for x in (value, error) if x is not None]
     return " +- ".join(cells)

@@ -9,7 +9,7 @@ from etils import epath
 
 from cjepa_jax.config import Eval
 from cjepa_jax.errors import UserError
-from cjepa_jax.evaluate.base import ERROR
+from cjepa_jax.evaluate.base import ERROR, written
 from cjepa_jax.files import read_json
 from cjepa_jax.methods import METHODS, find_method
 from cjepa_jax.models.vit import parse_size
@@ -111,9 +111,7 @@ def _number(row: Mapping[str, Any], key: str) -> str:
     number, error = drawn.get("mean"), drawn.get(ERROR)
     if not isinstance(number, int | float):
         return ""
-    return (str(number) if isinstance(number, int) else f"{number:.4g}") + (
-        f" ± {error:.2g}" if error is not None else ""
-    )
+    return written(number) + (f" ± {error:.2g}" if error is not None else "")
 
 
 def _plain(measure: str) -> str:

@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 from cjepa_jax import pretrained
 from cjepa_jax.config import Config, Data
 from cjepa_jax.data import pipeline, sources
-from cjepa_jax.errors import require, saying
+from cjepa_jax.errors import require, saying, some
 from cjepa_jax.evaluate.during import DuringTraining, reader_to_learn_from
 from cjepa_jax.files import check_bucket_support, read_json
 from cjepa_jax.interop import transformers
@@ -238,7 +238,7 @@ def doubts(config: Config, source: sources.Source, evaluated: sources.Source) ->
         if untaught:
             notes.append(
                 f"warning: data.train_split = {config.data.train_split!r} has no image of {len(untaught)} of the "
-                f"{len(source.classes)} classes, so that they cannot be learnt: {_some(untaught)}"
+                f"{len(source.classes)} classes, so that they cannot be learnt: {some(untaught)}"
             )
     return notes
 
@@ -257,17 +257,13 @@ def _check_labels(data: Data, train: sources.Source, test: sources.Source) -> No
         require(bool(source.classes), f"data.{key} = {getattr(data, key)!r} has no labels; fine-tuning needs them")
     name = f"data.test_split = {data.test_split!r}"
     other = [c for c in test.classes if c not in train.classes]
-    require(not other, f"{name} has classes that data.train_split lacks: {_some(other)}")
+    require(not other, f"{name} has classes that data.train_split lacks: {some(other)}")
     labels = test.labels()
     unlabelled = [test.name(index) for index, label in enumerate(labels) if label is None]
     require(
         not unlabelled,
-        f"{name} holds {len(unlabelled)} images without a label, or that cannot be read: {_some(unlabelled)}",
+        f"{name} holds {len(unlabelled)} images without a label, or that cannot be read: {some(unlabelled)}",
     )
     present = {test.classes[label] for label in set(labels) if label is not None}
     missing = [c for c in train.classes if c not in present]
-    require(not missing, f"{name} has no image of {len(missing)} of the {len(train.classes)} classes: {_some(missing)}")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    require(not missing, f"{name} has no image of {len(missing)} of the {len(train.classes)} classes: {some(missing)}")

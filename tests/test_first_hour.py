@@ -86,6 +86,9 @@ def test_results_that_mean_less_than_they_seem_are_announced(make_config, capsys
     one = sources.Source(range(100), "", ("cat",), str)
     with pytest.raises(UserError, match="has one class only, 'cat': nothing can be told apart"):
         frozen.check_labels(config.data, one, one)
+    hidden = sources.Source([{"label": None}] * 100, "", whole.classes, str)
+    with pytest.raises(UserError, match=r"^data\.test_split = 'test' names classes, but none of its images has a"):
+        frozen.check_labels(config.data, whole, hidden)
 
 
 def test_the_count_of_unreadable_images_is_that_of_the_images_tried():

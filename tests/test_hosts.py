@@ -111,9 +111,12 @@ def test_processes_train_as_one(alone, tmp_path, count, devices, settings):
     check(finish(start(count, devices, f"--workdir={workdir}", *settings)), workdir, alone, 5, 10)
 
 
+# Code by which each process has its own number where the command line says PROCESS.
+APART = "import sys; sys.argv[1:] = [word.replace('PROCESS', sys.argv[-1][-1]) for word in sys.argv[1:]]; "
+
+
 def test_a_workdir_that_they_do_not_share_is_refused(tmp_path):
-    own = "sys.argv[1:] = [word.replace('PROCESS', sys.argv[-1][-1]) for word in sys.argv[1:]]"
-    first = f"import sys; {own}; from cjepa_jax.train import lock; lock.SEEN = 1.0"
+    first = APART + "from cjepa_jax.train import lock; lock.SEEN = 1.0"
     for process in ("0", "1"):
         (tmp_path / process).mkdir()
     said = finish(start(2, 1, f"--workdir={tmp_path}/PROCESS/run", first=first), 2, 2)
@@ -140,6 +143,18 @@ def test_another_number_of_processes_goes_on(alone, tmp_path):
     for name in ("eval/knn", "eval/logistic"):
         assert lines(workdir)[-1][name] == pytest.approx(lines(alone)[-1][name], abs=0.01)
     assert (workdir / "evaluation.json").exists()
+
+
+def test_all_take_the_checkpoint_that_the_first_finds_newest(alone, tmp_path):
+    """Process 1 has links to the files of process 0, but none to the last checkpoint, as on a disk that lags behind."""
+    whole, lags = tmp_path / "0" / "run", tmp_path / "1" / "run"
+    shutil.copytree(alone, whole)
+    (lags / "checkpoints").mkdir(parents=True)
+    for name in ("config.json", "metrics.jsonl", "evaluation.json", "lock.json", "checkpoints/5"):
+        (lags / name).symlink_to(whole / name)
+    said = finish(start(2, 1, f"--workdir={tmp_path}/PROCESS/run", *JUDGED, first=APART), 1, 1)
+    missing = f"[Errno 2] No such file or directory: '{lags}/checkpoints/10'"
+    assert f"error: process 1 cannot go on ({missing}), so all have ended; start all again" in said[0]
 
 
 def test_a_stop_of_one_stops_all_after_the_same_step(alone, tmp_path):

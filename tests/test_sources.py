@@ -474,6 +474,18 @@ def test_labels_are_read_with_the_images_where_they_lie_there(tiny):
     assert damaged.labels() == [*labels[:3], None, *labels[4:]]
 
 
+def test_a_split_whose_labels_are_all_unknown_is_not_labelled():
+    """Such as the test split of ImageNet in TFDS, which names the classes; one label in a thousand images is one."""
+    hidden = sources.Source([{"label": None}] * 1000, "", ("cat", "dog"), str)
+    assert not hidden.is_labelled()
+    assert dataclasses.replace(hidden, records=[*hidden.records, {"label": 1}]).is_labelled()
+    assert dataclasses.replace(hidden, label=lambda index: 0 if index == 501 else None).is_labelled()
+    assert not dataclasses.replace(hidden, label=lambda index: None).is_labelled()
+    read = []
+    sources.Source(sources.Records(9, lambda i: read.append(i) or {"label": 0}), "", ("cat",), str).is_labelled()
+    assert read == [0]
+
+
 def test_tfds_stored_otherwise_is_refused(make_data, tmp_path):
     tfds.disable_progress_bar()
     info = pathlib.Path(tmp_path / "tiny/1.0.0/dataset_info.json")

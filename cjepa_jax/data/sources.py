@@ -56,6 +56,14 @@ class Source:
         except Exception as error:  # each kind of storage fails in its own way
             raise UnreadableError(f"{type(error).__name__}: {error}") from error
 
+    def label_of(self, index: int) -> int | None:
+        """Returns the label of record `index`, None where it is unknown or its image cannot be read."""
+        if self.label:
+            return self.label(index)
+        with contextlib.suppress(UnreadableError):
+            return self.read(index)["label"]
+        return None
+
     def labels(self) -> list[int | None]:
         """Returns the labels of all records; where the storage gives them only with the images, these are read.
 
@@ -63,15 +71,14 @@ class Source:
         """
         if self.label:
             return [self.label(index) for index in range(len(self))]
-
-        def one(index: int) -> int | None:
-            with contextlib.suppress(UnreadableError):
-                return self.read(index)["label"]
-            return None
-
         with concurrent.futures.ThreadPoolExecutor(32) as pool:  # on gs:// each read takes long
-            found = pool.map(one, range(len(self)))
+            found = pool.map(self.label_of, range(len(self)))
             return list(tqdm(found, "labels", len(self), delay=5, disable=not sys.stderr.isatty(), leave=False))
+
+    def is_labelled(self) -> bool:
+        """Tells whether any record has a label; where none of a hundred has one, all are looked at."""
+        few = range(0, len(self), -(-len(self) // 100) or 1)
+        return any(self.label_of(index) is not None for index in few) or any(x is not None for x in self.labels())
 
 
 def load(data: Data, split: str) -> Source:

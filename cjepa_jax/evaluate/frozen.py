@@ -226,6 +226,12 @@ def check_labels(data: Data, train: sources.Source, test: sources.Source) -> Non
         f"data.test_split = {data.test_split!r} has other classes than data.train_split; "
         "give splits with the same ones",
     )
+    for key, source in (("train_split", train), ("test_split", test)):
+        require(
+            source.is_labelled(),
+            f"data.{key} = {getattr(data, key)!r} names classes, but none of its images has a label; name a split with "
+            "labels, or let eval.every=0 switch evaluation during training off",
+        )
 
 
 def warn_of_same_images(data: Data, train: sources.Source, test: sources.Source) -> None:

@@ -79,6 +79,7 @@ class Checkpointer:
             kept.append(managers.EveryNSteps(checkpoint.keep_every))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=managers.AnyPreservationPolicy(kept),
+            single_host_load_and_broadcast=True,  # of steps: on a network disk a process may see an old list
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(barrier_sync_fn=orbax.meet_writers),
@@ -197,8 +198,7 @@ class Checkpointer:
         """Says which checkpoint had the best evaluation; "" where none is chosen by that."""
         if self._best.step is None:
             return ""
-        path = self._directory / str(self._best.step)
-        return f"; the best {self._best_by}, {self._highest:.1%}, is that of {path}"
+        return f"; the best {self._best_by}, {self._highest:.1%}, is that of {self._directory / str(self._best.step)}"
 
     def watch(self) -> StorageError | None:
         """Returns the failure of the last save, where it is over and has failed; does not wait."""

@@ -79,7 +79,7 @@ class Checkpointer:
             kept.append(managers.EveryNSteps(checkpoint.keep_every))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=managers.AnyPreservationPolicy(kept),
-            single_host_load_and_broadcast=True,  # of steps: on a network disk a process may see an old list
+            single_host_load_and_broadcast=True,  # because a network disk may show a process an old list
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(barrier_sync_fn=orbax.meet_writers),

@@ -5,8 +5,7 @@
 
 An image has 64 patches of 8x8 pixels, where one of CIFAR-10 has 16. tinyimagenet_a60.npz holds the images as arrays
 (docs/data.md), 30,000 to train and 3,000 to test. Eight arms, four trials and three seeds of each: 56 runs of 1,875
-steps of 64 images. Hardware: one CPU core, 17 minutes a run, or a GPU. Of invariance without EMA only the trials have
-been run.
+steps of 64 images. Hardware: one CPU core, 17 minutes a run, or a GPU.
 """
 
 from typing import Any

@@ -490,6 +490,7 @@ def test_time_left_is_that_of_the_runs(tmp_path, monkeypatch):
         ("study_terms_cifar10", 20_000),
         ("study_coefficient_cifar10", 20_000),
         ("study_rates_cifar10", 20_000),
+        ("study_rates_terms_cifar10", 20_000),
         ("study_robustness_cifar10", 20_000),
         ("study_momenta_cifar10", 20_000),
         ("study_neighbours_cifar10", 20_000),

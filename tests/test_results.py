@@ -115,8 +115,15 @@ def test_the_docs_show_every_seed_of_the_study_of_collapse_on_cifar10():
         assert f"| {arm} | {knn} | {ever} | {last} |" in docs
 
 
-@pytest.mark.parametrize("study, number", [("rates_cifar10", 6), ("robustness_cifar10", 4)])
-def test_the_docs_compare_the_methods_with_each_change(study, number):
+@pytest.mark.parametrize(
+    "study, method, number",
+    [
+        ("rates_cifar10", "C-JEPA 0.01", 6),
+        ("rates_terms_cifar10", "variance and covariance 0.01", 6),
+        ("robustness_cifar10", "C-JEPA 0.01", 4),
+    ],
+)
+def test_the_docs_compare_the_methods_with_each_change(study, method, number):
     """The paired differences on the test split, in points, and the alarms of both."""
     folder = ROOT / "results" / study
     table, docs = json.loads((folder / "table.json").read_text())["arms"], lines_of("study")
@@ -124,7 +131,7 @@ def test_the_docs_compare_the_methods_with_each_change(study, number):
     assert len(plains) == number
     for plain in plains:
         change = plain.removeprefix("I-JEPA")
-        regularised = f"C-JEPA 0.01{change}"
+        regularised = f"{method}{change}"
         cells = [re.sub("^(, )?(rate |momentum )?0?", "", change) or ".98"]
         for measure in MEASURES:
             one, other = (table[arm]["test"][measure]["values"] for arm in (regularised, plain))

@@ -163,6 +163,24 @@ def test_the_docs_compare_the_terms_along_the_way(study):
         assert f"| {' | '.join(cells)} |" in docs, cells
 
 
+@pytest.mark.parametrize(
+    "study, arm, measure, shares, says",
+    [
+        ("cifar10", "variance and covariance", "knn", [60, 80], "reach I-JEPA's last kNN accuracy after 60 and 80 %"),
+        ("tinyimagenet", "all", "knn", [80, 80], "reach I-JEPA's last kNN accuracy after 80 % of the images"),
+        ("tinyimagenet", "all", "logistic", [60, 80], "and its last linear probe after 60 and 80 %"),
+    ],
+)
+def test_the_docs_say_when_the_last_accuracy_of_ijepa_is_reached(study, arm, measure, shares, says):
+    """After which share of the images, in %, by those seeds that reach it on held-out images."""
+    folder, reached = ROOT / "results" / f"convergence_{study}", []
+    for seed in range(3):
+        mine, others = (series(metrics(folder, path_of(one, seed)), f"eval/{measure}") for one in (arm, "I-JEPA"))
+        reached += [10 * at for at, value in enumerate(mine, 1) if value >= others[-1]][:1]
+    assert reached == shares
+    assert says in " ".join((ROOT / "docs" / "study.md").read_text().split())
+
+
 def test_the_docs_show_other_methods_along_the_way():
     """Means over seeds on held-out images."""
     folder = ROOT / "results" / "neighbours_cifar10"
